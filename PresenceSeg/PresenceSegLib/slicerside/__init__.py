@@ -1,0 +1,1 @@
+"""What touches the scene and the widgets: runs inside Slicer, never imports torch."""

@@ -1,0 +1,1 @@
+"""The library of the PresenceSegTraining module: presence, losses, sampling, training, evaluation, the command line."""

@@ -1,0 +1,55 @@
+# Reads the extension's CMake files as Slicer would, and prints what each declares. Needs no Slicer, compiler or build tool:
+#   cmake -DROOT=<repository> -DEMPTY=<an empty file> -P fake_slicer.cmake
+# Each macro here replaces a command that `cmake -P` lacks or that Slicer brings. Like the real ones, the module macro
+# stops at a listed file that does not exist, takes scripts without their .py ending, and refuses unknown keywords.
+set(BUILD_TESTING ON)
+
+macro(project name)
+  message("project|${name}")
+endmacro()
+
+macro(find_package name)
+  if(NOT "${name}" STREQUAL "Slicer")
+    message(FATAL_ERROR "find_package(${name}): only Slicer is expected")
+  endif()
+  set(Slicer_USE_FILE ${EMPTY})
+  set(Slicer_EXTENSION_GENERATE_CONFIG ${EMPTY})
+  set(Slicer_EXTENSION_CPACK ${EMPTY})
+endmacro()
+
+function(add_subdirectory folder)
+  set(CMAKE_CURRENT_SOURCE_DIR ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
+  message("subdirectory|${folder}")
+  include(${CMAKE_CURRENT_SOURCE_DIR}/CMakeLists.txt)
+endfunction()
+
+function(slicerMacroBuildScriptedModule)
+  cmake_parse_arguments(MODULE "WITH_GENERIC_TESTS;WITH_SUBDIR;VERBOSE" "NAME" "SCRIPTS;RESOURCES" ${ARGN})
+  if(MODULE_UNPARSED_ARGUMENTS)
+    message(FATAL_ERROR "unknown keywords: ${MODULE_UNPARSED_ARGUMENTS}")
+  endif()
+  message("module|${MODULE_NAME}|WITH_GENERIC_TESTS=${MODULE_WITH_GENERIC_TESTS}")
+  foreach(kind SCRIPTS RESOURCES)
+    foreach(file ${MODULE_${kind}})
+      set(path ${CMAKE_CURRENT_SOURCE_DIR}/${file})
+      if(NOT EXISTS ${path} AND NOT EXISTS ${path}.py)
+        message(FATAL_ERROR "${kind} of ${MODULE_NAME} name a file that does not exist: ${file}")
+      endif()
+      message("${kind}|${MODULE_NAME}|${file}")
+    endforeach()
+  endforeach()
+endfunction()
+
+function(slicer_add_python_unittest)
+  cmake_parse_arguments(TEST "" "SCRIPT" "SLICER_ARGS" ${ARGN})
+  if(NOT EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${TEST_SCRIPT})
+    message(FATAL_ERROR "the unit test ${TEST_SCRIPT} does not exist")
+  endif()
+  message("unittest|${TEST_SCRIPT}")
+endfunction()
+
+set(CMAKE_CURRENT_SOURCE_DIR ${ROOT})
+include(${ROOT}/CMakeLists.txt)
+foreach(name HOMEPAGE CONTRIBUTORS DESCRIPTION ICONURL SCREENSHOTURLS DEPENDS)
+  message("extension|${name}|${EXTENSION_${name}}")
+endforeach()
