@@ -1,0 +1,1 @@
+"""What needs torch: runs in the worker process and on the command line, never inside Slicer."""

@@ -1,0 +1,53 @@
+"""Which device computes, and in which precision."""
+
+import torch
+
+from PresenceSegLib.domain.errors import InputError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device named "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" takes the fastest there is.
+
+    Raises InputError when the named device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f'The device "{name}" cannot be used ({str(error).splitlines()[0]}); use auto, cpu, cuda or mps.'
+        ) from error
+    return device
+
+
+def half_precision(device: torch.device) -> torch.dtype | None:
+    """The half precision in which convolutions are fast on this device, or None where float32 is.
+
+    On processors without bfloat16 instructions it is emulated and slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # new in torch 2.10
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return None
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Context in which the network runs in the device's fast precision."""
+    dtype = half_precision(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the device for people, for example "NVIDIA ... (bfloat16)" or "CPU, 2 threads (float32)"."""
+    dtype = str(half_precision(device) or torch.float32).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({dtype})"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{device.type.upper()}{threads} ({dtype})"
