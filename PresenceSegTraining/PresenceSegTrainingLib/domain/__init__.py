@@ -1,0 +1,1 @@
+"""Plain data of the training side; imports no torch and no Slicer."""

@@ -1,0 +1,76 @@
+"""The settings of a training, as they are given, checked, and stored with the model version they made."""
+
+from dataclasses import asdict, dataclass, fields
+
+from PresenceSegLib.domain.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train. Zero or empty means: let the cases decide (see `PresenceSegTrainingLib.engine.planning`).
+
+    Attributes:
+        presence_mask: "merged", "base", "or", "plus" or "independent".
+        loss: "" for the usual one of the presence mask, else a name that `make_loss` knows.
+        network: "unet", "segresnet" or "dynunet"; ignored when `parent` is given, as are the next four.
+        plane: "axial", "coronal" or "sagittal" for a 2-D slice network, "" for a 3-D one.
+        spacing: mm along [S, P, L], 0 for the cases' median.
+        patch: voxels along [S, P, L], 0 for what suits the cases and the device.
+        intensity: "auto", "mr" or "ct".
+        iterations: length of the training in steps, 0 for no limit but `minutes`.
+        minutes: time budget, 0 for none. Whichever of the two ends first shapes the learning rate.
+        batch: patches per step, 0 for what suits the network.
+        learning_rate: peak of the cosine schedule (AdamW).
+        parent: model version whose weights and network the training starts from, "" for none.
+        validation_fraction: part of the subjects held out, where the cases do not say it themselves.
+        validate_every: iterations between two validations, 0 for a tenth of the training.
+        seed: of everything random.
+        augment: whether patches are varied (affine, intensity, noise).
+        note: free text stored with the version.
+    """
+
+    presence_mask: str = "merged"
+    loss: str = ""
+    network: str = "unet"
+    plane: str = ""
+    spacing: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    patch: tuple[int, int, int] = (0, 0, 0)
+    intensity: str = "auto"
+    iterations: int = 1000
+    minutes: float = 0.0
+    batch: int = 0
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.99
+    foreground_fraction: float = 2 / 3
+    parent: str = ""
+    validation_fraction: float = 0.2
+    validate_every: int = 0
+    seed: int = 0
+    augment: bool = True
+    note: str = ""
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise InputError(f"The setting learning_rate is {self.learning_rate}; it must be above 0.")
+        if self.iterations == 0 and self.minutes == 0:
+            raise InputError("A training needs an end: set its iterations or its minutes above 0.")
+        for name in ("iterations", "minutes", "batch", "validate_every", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"The setting {name} is {getattr(self, name)}; it must not be below 0.")
+        for name in ("validation_fraction", "foreground_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"The setting {name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        if self.intensity not in ("auto", "mr", "ct"):
+            raise InputError(f'"{self.intensity}" is no kind of intensity; use auto, mr or ct.')
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict) -> "TrainingSettings":
+        """Settings stored before; unknown ones, of a newer version, are left out."""
+        known = {f.name for f in fields(TrainingSettings)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+        return TrainingSettings(**values)

@@ -1,0 +1,135 @@
+"""Cases made ready for training: preprocessed once, kept in memory, and cached on disk for the next training."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from PresenceSegLib.domain.case import Case
+from PresenceSegLib.domain.errors import InputError
+from PresenceSegLib.domain.files import make_folder, replaced
+from PresenceSegLib.domain.model import Preprocessing
+from PresenceSegLib.domain.segmentation import Status
+from PresenceSegLib.domain.structure import StructureSet
+from PresenceSegLib.engine.preprocessing import network_input, network_shape, resample_labels, to_canonical
+
+_CACHE_FORMAT = 1  # goes into every key: a change of the preprocessing code must not find old entries
+_MAX_VOXELS_PER_STRUCTURE = 20_000
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """A case on the network's grid.
+
+    Attributes:
+        image: float32 [S, P, L], normalized.
+        labels: uint8 or int32 [L, S, P, L]; Completed structures only, value n is the n-th structure.
+        presence: bool [C].
+        voxels: per annotated structure index (0..C-1) up to 20,000 of its voxels, as flat indices; no entry for a
+            structure without voxels.
+        spacing: mm [S, P, L].
+    """
+
+    name: str
+    image: Tensor
+    labels: Tensor
+    presence: Tensor
+    voxels: dict[int, Tensor]
+    spacing: tuple[float, float, float]
+
+
+def prepare_cases(
+    cases: Sequence[Case],
+    structures: StructureSet,
+    preprocessing: Preprocessing,
+    cache: Path,
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> list[PreparedCase]:
+    """Prepare all cases, from the cache folder where they are unchanged since.
+
+    Raises InputError, naming the case, when its files cannot be used.
+    """
+    result = []
+    for case in progress(cases, len(cases)):
+        try:
+            result.append(_prepare(case, structures, preprocessing, cache))
+        except InputError as error:
+            raise InputError(f'Case "{case.name}": {error}') from error
+    return result
+
+
+def _prepare(case: Case, structures: StructureSet, preprocessing: Preprocessing, cache: Path) -> PreparedCase:
+    path = cache / f"{_key(case, structures, preprocessing)}.safetensors"
+    tensors = _load(path)
+    if tensors is None:
+        tensors = _compute(case, structures, preprocessing)
+        _store(path, tensors)
+    return PreparedCase(
+        name=case.name,
+        image=tensors["image"],
+        labels=tensors["labels"],
+        presence=tensors["presence"],
+        voxels={c: tensors[f"voxels.{c}"] for c in range(len(structures)) if f"voxels.{c}" in tensors},
+        spacing=tuple(tensors["spacing"].tolist()),
+    )
+
+
+def _compute(case: Case, structures: StructureSet, preprocessing: Preprocessing) -> dict[str, Tensor]:
+    cpu = torch.device("cpu")
+    volume = case.read_volume()
+    segmentation = case.read_segmentation().on_grid(volume.grid)
+    labels = segmentation.label_layers(structures, [Status.COMPLETED])
+    order, shape = volume.grid.axis_order(), network_shape(volume.grid, preprocessing)
+    layers = torch.stack([resample_labels(to_canonical(layer, order, cpu), shape) for layer in labels])
+    presence = torch.tensor(
+        [(s := segmentation.named(name)) is not None and s.status is Status.COMPLETED for name in structures.names]
+    )
+    canonical = [volume.grid.shape[axis] for axis in order.permutation]
+    spacing = np.array(volume.grid.canonical_spacing()) * canonical / shape
+    tensors = {
+        "image": network_input(volume, preprocessing, cpu).contiguous(),
+        "labels": layers.contiguous(),
+        "presence": presence,
+        "spacing": torch.from_numpy(spacing),
+    }
+    generator = np.random.default_rng(0)
+    flat = layers.flatten(1).numpy()
+    for c in np.flatnonzero(presence.numpy()):
+        found = np.flatnonzero((flat == c + 1).any(axis=0))
+        if len(found) > _MAX_VOXELS_PER_STRUCTURE:
+            found = generator.choice(found, _MAX_VOXELS_PER_STRUCTURE, replace=False)
+        if len(found):
+            tensors[f"voxels.{c}"] = torch.from_numpy(found)
+    return tensors
+
+
+def _key(case: Case, structures: StructureSet, preprocessing: Preprocessing) -> str:
+    """Changes whenever the case's files, the structures or the preprocessing do."""
+    stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (case.volume_path, case.segmentation_path)]
+    described = asdict(preprocessing) | {"patch": None}  # the patch changes nothing here
+    text = json.dumps([_CACHE_FORMAT, str(case.folder.resolve()), stamps, structures.names, described])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(path) if path.exists() else None
+    except (OSError, SafetensorError):
+        return None  # a damaged cache entry is as good as none: it is computed and written again
+
+
+def _store(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        make_folder(path.parent)
+        with replaced(path) as temporary:
+            temporary.write_bytes(save(tensors))
+    except InputError:
+        # The cache only saves time: a full or read-only disk must not stop a training that fits into memory.
+        return
