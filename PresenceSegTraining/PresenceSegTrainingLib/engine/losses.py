@@ -34,8 +34,8 @@ _PAPER_DICE_FACTOR = 0.1
 def make_loss(mode: str, loss: str | None = None) -> Loss:
     """Return the function loss(logits, labels, presence) -> 0-dim float32 tensor.
 
-    The function computes in float32 whatever the dtype of the logits, never waits for the device, and gives 0 with zero
-    gradients when nothing is annotated. Its arguments:
+    The function computes in float32 whatever the dtype of the logits, reads nothing back from the device, and gives 0
+    with zero gradients when nothing is annotated. Its arguments, labels on the device of the logits:
 
     - logits: [B, 1+C, *spatial], any floating dtype, two or three spatial axes; channel k is structure k.
     - labels: integer [B, L, *spatial]: 0, structure 1..C, or IGNORE (in any layer: the voxel teaches nothing). Labels
