@@ -143,9 +143,13 @@ class Project:
             raise InputError(f'The project {self.folder} has no model version "{version}"; it has: {versions}.')
         return model
 
+    def unfinished_trainings(self) -> list[Path]:
+        """Folders of trainings that were stopped before they made a model version, oldest first."""
+        return _subfolders(self.training_folder)
+
     def next_version(self) -> str:
         """A version name that is free among the models and the unfinished trainings: v1, v2, ..."""
-        taken = [f.name for f in _subfolders(self.folder / "models") + _subfolders(self.training_folder)]
+        taken = [f.name for f in _subfolders(self.folder / "models") + self.unfinished_trainings()]
         numbers = [int(m.group(1)) for m in (re.fullmatch(r"v(\d+)", name) for name in taken) if m]
         return f"v{max(numbers, default=0) + 1}"
 

@@ -18,7 +18,7 @@ from PresenceSegLib.domain.model import PLANES, ModelCard, ModelVersion
 from PresenceSegLib.domain.segmentation import Segmentation, Status
 from PresenceSegLib.domain.volume import Volume
 from PresenceSegLib.engine.device import autocast
-from PresenceSegLib.engine.networks import SegmentationNetwork, stride
+from PresenceSegLib.engine.networks import SegmentationNetwork, fit_to_stride, stride
 from PresenceSegLib.engine.preprocessing import network_input, network_shape
 from PresenceSegLib.engine.weights import load_network
 
@@ -118,11 +118,9 @@ def decide(logits: Tensor, channels: Tensor, activation: str) -> Tensor:
 def tile_shape(shape: Sequence[int], card: ModelCard) -> tuple[int, int, int]:
     """Tile size [S, P, L]: about the training patch, fitted to the input, a multiple of the network's stride."""
     slice_axis = PLANES.index(card.network.plane) if card.network.plane else None
-    result = []
-    for axis, (size, patch, step) in enumerate(zip(shape, card.preprocessing.patch, stride(card.network), strict=True)):
-        wanted = min(size, _SLICES_PER_TILE if axis == slice_axis else max(patch, step))
-        result.append(-(-wanted // step) * step)
-    return tuple(result)
+    patch = [_SLICES_PER_TILE if axis == slice_axis else n for axis, n in enumerate(card.preprocessing.patch)]
+    wanted = [min(size, n) for size, n in zip(shape, patch, strict=True)]
+    return fit_to_stride(wanted, stride(card.network))
 
 
 def tile_starts(size: int, tile: int, overlap: float) -> list[int]:

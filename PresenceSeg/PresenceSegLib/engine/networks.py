@@ -68,6 +68,14 @@ def stride(spec: NetworkSpec) -> tuple[int, int, int]:
     return tuple(int(torch.tensor(spec.strides)[:, axis].prod()) for axis in range(3))
 
 
+def fit_to_stride(size: Sequence[int], step: Sequence[int]) -> tuple[int, int, int]:
+    """The size [S, P, L] rounded up to multiples of a total stride, of which at least two along each strided axis.
+
+    Of a single voxel at the deepest level, instance normalization cannot tell mean and deviation.
+    """
+    return tuple(max(-(-n // s), 2 if s > 1 else 1) * s for n, s in zip(size, step, strict=True))
+
+
 def build_network(spec: NetworkSpec, structures: StructureSet) -> SegmentationNetwork:
     """A freshly initialized network for a structure set. Raises InputError for an unknown name."""
     slice_axis = PLANES.index(spec.plane) if spec.plane else None

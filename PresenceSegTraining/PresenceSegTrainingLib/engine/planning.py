@@ -10,7 +10,7 @@ from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.model import PLANES, ModelCard, NetworkSpec, Preprocessing
 from PresenceSegLib.domain.segmentation import Status
 from PresenceSegLib.domain.structure import StructureSet
-from PresenceSegLib.engine.networks import default_spec, stride
+from PresenceSegLib.engine.networks import default_spec, fit_to_stride, stride
 from PresenceSegLib.engine.preprocessing import network_shape
 from PresenceSegTrainingLib.domain.settings import TrainingSettings
 
@@ -93,8 +93,7 @@ def plan(
     patch = _patch(np.median(shapes, axis=0), spacing, settings, device, slice_axis)
     physical = tuple(float(s or m) for s, m in zip(spacing, median, strict=True))
     spec = default_spec(settings.network, settings.plane, physical, patch)
-    patch = tuple(-(-n // step) * step for n, step in zip(patch, stride(spec), strict=True))
-    return spec, Preprocessing(spacing, intensity, patch)
+    return spec, Preprocessing(spacing, intensity, fit_to_stride(patch, stride(spec)))
 
 
 def batch_size(settings: TrainingSettings, spec: NetworkSpec, device: torch.device) -> int:

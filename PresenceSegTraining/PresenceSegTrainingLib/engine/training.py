@@ -11,6 +11,7 @@ import copy
 import csv
 import io
 import math
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import make_folder, move, read_json, replaced, staging_folder, write_json
 from PresenceSegLib.domain.model import PLANES, ModelCard, ModelVersion, file_sha256
 from PresenceSegLib.domain.project import Project
+from PresenceSegLib.domain.structure import StructureSet
 from PresenceSegLib.engine.device import autocast, describe_device, half_precision
 from PresenceSegLib.engine.inference import Model, predict
 from PresenceSegLib.engine.networks import SegmentationNetwork, build_network, keep_channels
@@ -42,6 +44,7 @@ from PresenceSegTrainingLib.engine.sampling import Batch, PatchSampler
 _WARM_UP = 0.05  # part of the training over which the learning rate rises
 _VALIDATIONS = 10
 _CHECKPOINT_SECONDS = 60.0
+_MAX_SCORED_TRAINING_CASES = 20  # where nothing validates; these scores only show that something was learned
 
 Wrap = Callable[[Iterable, int], Iterable]
 
@@ -64,6 +67,7 @@ class _State:
 
     network: SegmentationNetwork
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     ema: dict[str, Tensor]
     iteration: int = 0
     seconds: float = 0.0
@@ -112,7 +116,7 @@ class Training:
     @staticmethod
     def reopen(project: Project, version: str = "") -> "Training":
         """A training that has not ended: that of `version`, or the latest. Raises InputError when there is none."""
-        folders = sorted(f for f in project.training_folder.glob("*") if (f / "run.json").is_file())
+        folders = [f for f in project.unfinished_trainings() if (f / "run.json").is_file()]
         found = [f for f in folders if f.name == version] if version else folders[-1:]
         if not found:
             raise InputError(f"The project {project.folder} has no unfinished training to resume.")
@@ -151,20 +155,23 @@ class Training:
         state = training._load_state(device)
         if not training._optimize(state, train, validation, device, on_progress, should_stop):
             return None
-        scored = [cases[n] for n in self.validation_names or self.train_names]
-        return training._finish(state, scored, device, wrap)
+        scored = [cases[n] for n in self.validation_names or self.train_names[:_MAX_SCORED_TRAINING_CASES]]
+        taught = {case.name: _annotated(case, structures) for case in train}
+        return training._finish(state, taught, scored, device, wrap)
 
     def _load_state(self, device: torch.device) -> _State:
         network = self._initial_network(device)
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
-        state = _State(network, optimizer, ema=copy.deepcopy(network.state_dict()))
+        # Only float16 underflows; bfloat16 has the range of float32.
+        scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) is torch.float16)
+        state = _State(network, optimizer, scaler, ema=copy.deepcopy(network.state_dict()))
         path = self.folder / "checkpoint.pt"
         if path.is_file():
-            saved = torch.load(path, map_location=device, weights_only=True)
-            network.load_state_dict(saved.pop("network"))
-            optimizer.load_state_dict(saved.pop("optimizer"))
+            saved = _read_checkpoint(path, device)
+            for part in ("network", "optimizer", "scaler"):
+                getattr(state, part).load_state_dict(saved.pop(part))
             for name, value in saved.items():
                 setattr(state, name, value)
         return state
@@ -181,8 +188,9 @@ class Training:
 
     def _save_state(self, state: _State) -> None:
         data = {name: getattr(state, name) for name in ("ema", "iteration", "seconds", "best_score", "best", "history")}
+        data |= {part: getattr(state, part).state_dict() for part in ("network", "optimizer", "scaler")}
         buffer = io.BytesIO()
-        torch.save(data | {"network": state.network.state_dict(), "optimizer": state.optimizer.state_dict()}, buffer)
+        torch.save(data, buffer)
         with replaced(self.folder / "checkpoint.pt") as temporary:
             temporary.write_bytes(buffer.getvalue())
 
@@ -195,8 +203,6 @@ class Training:
         sampler = PatchSampler(train, drawn, settings.foreground_fraction, settings.seed)
         mirror = not self.card.structures.has_sides
         loss_of = make_loss(settings.presence_mask, settings.loss or None)
-        # Only float16 underflows; bfloat16 has the range of float32.
-        scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) is torch.float16)
         count = batch_size(settings, self.card.network, device)
         started, begun, saved_at = time.monotonic(), state.seconds, time.monotonic()
 
@@ -205,7 +211,7 @@ class Training:
             batch = sampler.draw(state.iteration, count).to(device)
             if settings.augment:
                 batch = augment(batch, patch, mirror, slice_axis, settings.seed * 1_000_003 + state.iteration)
-            loss = _step(state, batch, loss_of, learning_rate, settings.gradient_clip, scaler)
+            loss = _step(state, batch, loss_of, learning_rate, settings.gradient_clip)
             _update_ema(state, settings.ema_decay)
             state.iteration += 1
             state.seconds = begun + time.monotonic() - started
@@ -255,8 +261,8 @@ class Training:
             state.best_score, state.best = score, copy.deepcopy(state.ema)
         return dice
 
-    def _finish(self, state: _State, cases, device: torch.device, wrap: Wrap) -> ModelVersion:
-        """Write the version: all files at once, then remove what was only needed to resume."""
+    def _finish(self, state: _State, taught: dict[str, list[str]], cases, device, wrap: Wrap) -> ModelVersion:
+        """Score on `cases` and write the version, all files at once; then remove what was only needed to resume."""
         target = ModelVersion(self.project.folder / "models" / self.card.version)
         network = copy.deepcopy(state.network)
         network.load_state_dict(state.best or state.ema)
@@ -269,7 +275,7 @@ class Training:
                 replace(
                     self.card,
                     created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    cases=self._annotated_in_cases(),
+                    cases=taught,
                     scores=evaluation.scores(),
                     weights_sha256=file_sha256(version.weights_path),
                 )
@@ -279,13 +285,6 @@ class Training:
             move(staging, target.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
         return target
-
-    def _annotated_in_cases(self) -> dict[str, list[str]]:
-        structures = self.card.structures
-        return {
-            name: [s for s, p in zip(structures.names, self.project.case(name).presence(structures), strict=True) if p]
-            for name in self.train_names
-        }
 
     def _report(self, state: _State, evaluation: Evaluation, device: torch.device) -> dict:
         return {
@@ -302,7 +301,18 @@ class Training:
         }
 
 
-def _step(state: _State, batch: Batch, loss_of, learning_rate: float, clip: float, scaler) -> float:
+def _annotated(case: PreparedCase, structures: StructureSet) -> list[str]:
+    return [name for name, present in zip(structures.names, case.presence.tolist(), strict=True) if present]
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> dict:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f"The checkpoint {path} cannot be read; delete its folder and train anew.") from error
+
+
+def _step(state: _State, batch: Batch, loss_of, learning_rate: float, clip: float) -> float:
     """One forward, backward and update; returns the loss."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -310,11 +320,11 @@ def _step(state: _State, batch: Batch, loss_of, learning_rate: float, clip: floa
         logits = state.network(batch.images)
     loss = loss_of(logits, batch.labels, batch.presence)
     state.optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(state.optimizer)
+    state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)
     torch.nn.utils.clip_grad_norm_(state.network.parameters(), clip)
-    scaler.step(state.optimizer)
-    scaler.update()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
     return float(loss.detach())
 
 
