@@ -1,5 +1,7 @@
 """Which device computes, and in which precision."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from PresenceSegLib.domain.errors import InputError
@@ -38,10 +40,18 @@ def half_precision(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def autocast(device: torch.device) -> torch.autocast:
+def autocast(device: torch.device) -> AbstractContextManager:
     """Context in which the network runs in the device's fast precision."""
     dtype = half_precision(device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def gradient_scaler(device: torch.device):
+    """Scaler that keeps small gradients from vanishing in float16; idle in precisions with the range of float32."""
+    enabled = half_precision(device) is torch.float16
+    if hasattr(torch.amp, "GradScaler"):  # new in torch 2.3
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)
 
 
 def describe_device(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import monai
 import numpy as np
@@ -29,7 +30,7 @@ from PresenceSegLib.domain.files import make_folder, move, read_json, replaced, 
 from PresenceSegLib.domain.model import PLANES, ModelCard, ModelVersion, file_sha256
 from PresenceSegLib.domain.project import Project
 from PresenceSegLib.domain.structure import StructureSet
-from PresenceSegLib.engine.device import autocast, describe_device, half_precision
+from PresenceSegLib.engine.device import autocast, describe_device, gradient_scaler
 from PresenceSegLib.engine.inference import Model, predict
 from PresenceSegLib.engine.networks import SegmentationNetwork, build_network, keep_channels
 from PresenceSegLib.engine.weights import load_network, save_weights
@@ -67,7 +68,7 @@ class _State:
 
     network: SegmentationNetwork
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: Any
     ema: dict[str, Tensor]
     iteration: int = 0
     seconds: float = 0.0
@@ -164,9 +165,7 @@ class Training:
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
-        # Only float16 underflows; bfloat16 has the range of float32.
-        scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) is torch.float16)
-        state = _State(network, optimizer, scaler, ema=copy.deepcopy(network.state_dict()))
+        state = _State(network, optimizer, gradient_scaler(device), ema=copy.deepcopy(network.state_dict()))
         path = self.folder / "checkpoint.pt"
         if path.is_file():
             saved = _read_checkpoint(path, device)
