@@ -14,6 +14,7 @@ from slicer.ScriptedLoadableModule import (
 from slicer.util import VTKObservationMixin
 
 from PresenceSegLib.domain.errors import InputError
+from PresenceSegLib.domain.status import Status
 from PresenceSegLib.slicerside import statuses
 
 
@@ -117,7 +118,7 @@ class PresenceSegLogic(ScriptedLoadableModuleLogic):
     """
 
     def statuses(self, segmentationNode):
-        """Status of each structure: dict from segment name to NotStarted, InProgress, Completed or Flagged.
+        """Status of each structure: dict from segment name to PresenceSegLib.domain.status.Status.
 
         :param segmentationNode: a vtkMRMLSegmentationNode.
         :raises InputError: two segments have the same name.
@@ -148,14 +149,15 @@ class PresenceSegTest(ScriptedLoadableModuleTest):
         segmentationNode = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "PresenceSegTest")
         segmentation = segmentationNode.GetSegmentation()
         segmentationsLogic = slicer.vtkSlicerSegmentationsModuleLogic
-        names = ("NotStarted", "InProgress", "Completed", "Flagged")
-        for name in names:
-            segment = segmentation.GetSegment(segmentation.AddEmptySegment("", name))
-            segmentationsLogic.SetSegmentStatus(segment, getattr(segmentationsLogic, name))
+        for status in Status:
+            segment = segmentation.GetSegment(segmentation.AddEmptySegment("", status.name))
+            segmentationsLogic.SetSegmentStatus(
+                segment, segmentationsLogic.GetSegmentStatusFromMachineReadableString(status.value)
+            )
 
         logic = PresenceSegLogic()
-        self.assertEqual(logic.statuses(segmentationNode), {name: name for name in names})
+        self.assertEqual(logic.statuses(segmentationNode), {status.name: status for status in Status})
         self.assertEqual(
-            logic.presence(segmentationNode, [*names, "nowhere"]),
-            {"NotStarted": False, "InProgress": False, "Completed": True, "Flagged": False, "nowhere": False},
+            logic.presence(segmentationNode, [*(status.name for status in Status), "nowhere"]),
+            {"NOT_STARTED": False, "IN_PROGRESS": False, "COMPLETED": True, "FLAGGED": False, "nowhere": False},
         )

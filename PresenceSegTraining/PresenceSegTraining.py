@@ -157,16 +157,16 @@ class PresenceSegTrainingLogic(ScriptedLoadableModuleLogic):
     def openProject(self, projectPath):
         """The project in a folder: a PresenceSegLib.domain.project.Project.
 
-        :raises InputError: there is no project, or a damaged one, or the package slicerio is missing.
+        :raises InputError: there is no project, or a damaged one, or the package pynrrd is missing.
         """
-        if importlib.util.find_spec("slicerio") is None:
+        if importlib.util.find_spec("nrrd") is None:
             raise InputError(
                 _(
-                    "The Python package slicerio, which reads the cases, is missing; run "
-                    'slicer.util.pip_install("slicerio") in the Python console and choose the project again.'
+                    "The Python package pynrrd, which reads the cases, is missing; run "
+                    'slicer.util.pip_install("pynrrd") in the Python console and choose the project again.'
                 )
             )
-        # Imported here since it needs slicerio, which Slicer does not bring.
+        # Imported here since it needs pynrrd, which Slicer does not bring.
         from PresenceSegLib.domain.project import Project
 
         return Project.open(projectPath)

@@ -31,3 +31,16 @@ def shared_folder(shared_data):
         return path
 
     return folder
+
+
+@pytest.fixture
+def snapshot():
+    """Function from a folder to all that is in it: relative path -> content of the file, or None for a folder."""
+
+    def read(folder):
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+            for path in sorted(Path(folder).rglob("*"))
+        }
+
+    return read

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = {"PresenceSegLib": "PresenceSeg", "PresenceSegTrainingLib": "PresenceSegTraining"}
 
-DOMAIN_PACKAGES = {"numpy", "SimpleITK", "slicerio", "nrrd"}  # nrrd comes with slicerio
+DOMAIN_PACKAGES = {"numpy", "SimpleITK", "nrrd"}
 ENGINE_PACKAGES = DOMAIN_PACKAGES | {"torch", "monai", "safetensors", "tqdm"}
 SLICER_PACKAGES = {"numpy", "SimpleITK", "slicer", "qt", "ctk", "vtk"}
 # room: (packages it may import, rooms it may import)

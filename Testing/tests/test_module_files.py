@@ -74,7 +74,7 @@ def test_presence_logic_reads_a_segmentation_node(load):
     slicer.vtkSlicerSegmentationsModuleLogic.SetSegmentStatus(
         segment, slicer.vtkSlicerSegmentationsModuleLogic.Completed
     )
-    assert logic.statuses(node) == {"liver": "Completed"}
+    assert logic.statuses(node) == {"liver": Status.COMPLETED}
     assert logic.presence(node, ["liver", "spleen"]) == {"liver": True, "spleen": False}
 
 
@@ -104,5 +104,5 @@ def test_every_state_of_the_matrix_has_a_label_of_its_own(load):
 def test_training_logic_names_the_missing_package(load, monkeypatch, tmp_path):
     logic = load("PresenceSegTraining").PresenceSegTrainingLogic()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="slicerio"):
+    with pytest.raises(InputError, match="pynrrd"):
         logic.openProject(str(tmp_path))

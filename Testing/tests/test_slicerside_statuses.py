@@ -3,6 +3,7 @@
 import pytest
 
 from PresenceSegLib.domain.errors import InputError
+from PresenceSegLib.domain.status import Status
 
 slicer = pytest.importorskip("slicer", reason="Slicer's core libraries (slicer-core) are not installed")
 from PresenceSegLib.slicerside import statuses  # noqa: E402 (imports slicer)
@@ -48,10 +49,10 @@ def four(node):
 
 def test_each_status_is_named_as_slicer_names_it(four):
     assert statuses.statuses(four) == {
-        "liver": "NotStarted",
-        "spleen": "InProgress",
-        "left kidney": "Completed",
-        "right kidney": "Flagged",
+        "liver": Status.NOT_STARTED,
+        "spleen": Status.IN_PROGRESS,
+        "left kidney": Status.COMPLETED,
+        "right kidney": Status.FLAGGED,
     }
 
 
@@ -79,7 +80,7 @@ def test_a_status_that_is_taken_back_no_longer_counts(four):
 
 def test_an_unknown_status_does_not_train(node):
     add_segment(node, "liver").SetTag("Segmentation.Status", "reviewed-by-someone")
-    assert statuses.statuses(node) == {"liver": "NotStarted"}
+    assert statuses.statuses(node) == {"liver": Status.NOT_STARTED}
 
 
 def test_names_are_matched_exactly_and_may_hold_any_character(node):
@@ -98,7 +99,7 @@ def test_order_follows_the_segmentation(four):
 def test_two_segments_of_one_name_are_refused_but_listed(node):
     add_segment(node, "liver", SegmentationsLogic.Completed)
     add_segment(node, "liver")
-    assert statuses.segment_statuses(node) == [("liver", "Completed"), ("liver", "NotStarted")]
+    assert statuses.segment_statuses(node) == [("liver", Status.COMPLETED), ("liver", Status.NOT_STARTED)]
     for read in (statuses.statuses, lambda n: statuses.presence(n, ["liver"])):
         with pytest.raises(InputError, match='"Case 7" has two segments named "liver"'):
             read(node)
@@ -118,7 +119,7 @@ def test_statuses_survive_saving_and_loading(four, scene, tmp_path):
 
 
 def test_labels_are_the_words_slicer_shows():
-    assert [statuses.status_label(s) for s in statuses.STATUSES] == [
+    assert [statuses.status_label(s) for s in Status] == [
         "Not started",
         "In progress",
         "Completed",

@@ -6,6 +6,7 @@ into one project are how partial labels from different sources come together.
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from PresenceSegLib.domain.case import Case, CaseInfo
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import move, staging_folder
 from PresenceSegLib.domain.project import Project, check_case_name
-from PresenceSegLib.domain.segmentation import Segmentation, Status, read_segmentation
+from PresenceSegLib.domain.segmentation import Segment, Segmentation, Status, read_segmentation
 from PresenceSegLib.domain.structure import Structure
 from PresenceSegLib.domain.volume import (
     Volume,
@@ -104,6 +105,8 @@ def import_cases(
         InputError: anything at all is wrong with any file; the project is then as it was.
     """
     _check_names(project, options)
+    if labels is None and (options.mapping is not None or options.annotated):
+        raise InputError("There is a mapping or a list of annotated structures, but there are no labels; give both.")
     pairs = _pairs(Path(images), Path(labels) if labels else None, options)
     report = ImportReport()
     if labels and options.unlabelled == "skip":
@@ -226,10 +229,10 @@ def _find_images(source: Path, suffix: str) -> list[_Image]:
 
 
 def _series(folder: Path) -> list[_Image]:
-    series = dicom_series(folder)
+    series, name = dicom_series(folder), Path(os.path.abspath(folder)).name  # "." has no name of its own
     if len(series) == 1:
-        return [_Image(folder.name, folder, series[0])]
-    return [_Image(f"{folder.name}_{n}", folder, uid) for n, uid in enumerate(series, start=1)]
+        return [_Image(name, folder, series[0])]
+    return [_Image(f"{name}_{n}", folder, uid) for n, uid in enumerate(series, start=1)]
 
 
 def _find_labels(labels: Path, suffix: str) -> dict[str, Path]:
@@ -238,7 +241,7 @@ def _find_labels(labels: Path, suffix: str) -> dict[str, Path]:
     files = [labels] if labels.is_file() else sorted(labels.iterdir())
     files = [f for f in files if is_image_file(f) and not f.name.startswith(".") and image_stem(f).endswith(suffix)]
     if not files:
-        raise InputError(f"The folder {labels} holds no label maps or .seg.nrrd files.")
+        raise InputError(f"{labels} holds no label maps or .seg.nrrd files; check the path and the suffix.")
     names = [_strip(image_stem(f), suffix) for f in files]
     twice = repeated(names)
     if twice:
@@ -319,7 +322,19 @@ def _label_array_on_grid(label_map: Volume, path: Path, volume: Volume, resample
             f"{path} lies on another grid than its image: the label has {label_map.grid.describe()}; the image has "
             f"{volume.grid.describe()}; ask for resampling if both show the same patient in the same place."
         )
-    return Segmentation(label_map.array[np.newaxis], label_map.grid).resampled(volume.grid).layers[0]
+    source = Segmentation(label_map.array[np.newaxis], label_map.grid)
+    moved = source.resampled(volume.grid)
+    _check_inside(source, moved, path)
+    return moved.layers[0]
+
+
+def _check_inside(source: Segmentation, moved: Segmentation, path: Path) -> None:
+    """Refuse labels of which nothing is left on the volume's grid: taken as they are, all of them would be absent."""
+    if source.layers.any() and not moved.layers.any():
+        raise InputError(
+            f"{path} lies outside of its image: the label has {source.grid.describe()}; the image has "
+            f"{moved.grid.describe()}; check that both are of the same scan."
+        )
 
 
 def _add_segments(segmentation, source, path, volume, project, options) -> None:
@@ -330,30 +345,46 @@ def _add_segments(segmentation, source, path, volume, project, options) -> None:
         names = _some([s.name for s in source.segments])
         raise InputError(f'{path} has no segment named "{unknown[0]}"; it has: {names}.')
     try:
-        source = source.resampled(volume.grid) if options.resample else source.on_grid(volume.grid)
+        moved = source.resampled(volume.grid) if options.resample else source.on_grid(volume.grid)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    for segment in source.segments:
-        name = mapping.get(segment.name, segment.name)
+    _check_inside(source, moved, path)
+    for name, segments in _segments_by_name(moved, path, mapping).items():
         if name == IGNORED:
             continue
-        mask = source.mask(segment)
         if name not in project.structures:
-            segmentation.add(segment, mask)
+            segmentation.add(segments[0], moved.mask(segments[0]))
             continue
-        explicit = segment.name in mapping if options.annotated is None else name in options.annotated
-        status = Status.COMPLETED if explicit else segment.status
-        _annotate(segmentation, project.structures.named(name), mask, status, segment)
+        mask = np.any([moved.mask(s) for s in segments], axis=0)
+        status = segments[0].status if segments[0].name not in mapping else Status.COMPLETED
+        if options.annotated is not None:
+            status = Status.COMPLETED if name in options.annotated else Status.NOT_STARTED
+        _annotate(segmentation, project.structures.named(name), mask, status)
+        for segment in segments:
+            segmentation.named(name).tags.update(segment.tags)
 
 
-def _annotate(segmentation: Segmentation, structure: Structure, mask: np.ndarray, status: Status, source=None) -> None:
+def _segments_by_name(source: Segmentation, path: Path, mapping: dict[str, str]) -> dict[str, list[Segment]]:
+    """The segments of a file by the name that they get; only a mapping joins several under one name."""
+    result: dict[str, list[Segment]] = {}
+    for segment in source.segments:
+        result.setdefault(mapping.get(segment.name, segment.name), []).append(segment)
+    for name, segments in result.items():
+        unmapped = any(s.name not in mapping for s in segments)
+        if len(segments) > 1 and (unmapped or len({s.name for s in segments}) < len(segments)):
+            raise InputError(
+                f'{path} has {len(segments)} segments that would be "{name}"; rename them in Slicer, join them in the '
+                f'mapping, or leave one out, for example with "{segments[0].name}=".'
+            )
+    return result
+
+
+def _annotate(segmentation: Segmentation, structure: Structure, mask: np.ndarray, status: Status) -> None:
     """Put a structure into a segmentation; what a person has worked on there is not overwritten."""
     present = segmentation.named(structure.name)
     if present is not None and present.status is not Status.NOT_STARTED:
         raise InputError(f'"{structure.name}" is in this case already ({present.status.value}); it is not overwritten.')
     segmentation.put(structure, mask, status)
-    if source is not None:
-        segmentation.named(structure.name).tags.update(source.tags)
 
 
 def _subject(name: str, pattern: str) -> str:
@@ -363,7 +394,7 @@ def _subject(name: str, pattern: str) -> str:
         match = re.search(pattern, name)
     except re.error as error:
         raise InputError(f'The subject pattern "{pattern}" is no regular expression ({error}).') from error
-    if not match or not match.groups():
+    if not match or not match.groups() or not match.group(1):
         raise InputError(f'the subject pattern "{pattern}" finds no subject in "{name}"; it needs one group in ( ).')
     return match.group(1)
 

@@ -132,7 +132,7 @@ class ModelCard:
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"The model card {path} is damaged ({error!r}); restore it from a copy.") from error
-        if sorted(n for names in card.label_layers for n in names) != sorted(card.structures.names):
+        if sorted(str(n) for names in card.label_layers for n in names) != sorted(card.structures.names):
             raise InputError(f"The model card {path} is damaged: its label layers are not its structures.")
         return card
 

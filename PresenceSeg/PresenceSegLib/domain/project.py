@@ -36,7 +36,8 @@ class PresenceMatrix:
     def presence(self) -> np.ndarray:
         """Bool [cases, C]: annotated or confirmed absent."""
         known = (State.ANNOTATED, State.ABSENT)
-        return np.array([[s in known for s in row] for row in self.states], bool).reshape(len(self.cases), -1)
+        shape = len(self.cases), len(self.structures)
+        return np.array([[s in known for s in row] for row in self.states], bool).reshape(shape)
 
     def count(self, structure: str, state: State) -> int:
         """Number of cases in which the structure has the state."""
@@ -156,8 +157,12 @@ class Project:
 
 def check_case_name(name: str) -> None:
     """Raises InputError when the name cannot be a folder on every system."""
-    if not re.fullmatch(r"[\w][\w .,()+-]*", name) or name != name.strip() or name.endswith("."):
-        raise InputError(f'"{name}" cannot be a case name: use letters, digits, blanks and _ - . , ( ) + only.')
+    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)  # by Windows
+    if reserved or not re.fullmatch(r"[\w][\w .,()+-]*", name) or name != name.strip() or name.endswith("."):
+        raise InputError(
+            f'"{name}" cannot be a case name: use letters, digits, blanks and _ - . , ( ) + only, and no name that '
+            "Windows reserves."
+        )
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from PresenceSegLib.domain.errors import InputError
 Color = tuple[float, float, float]
 
 _LEFT_OR_RIGHT_CODES = ("^7771000^", "^24028007^")  # SNOMED CT qualifiers "Left" and "Right"
-_SIDE_IN_NAME = re.compile(r"(?:^|[^a-z])(left|right|lt|rt|l|r)(?:[^a-z]|$)")
+_SIDE_IN_NAME = re.compile(r"(?:^|[^a-z])(left|right|lt|rt|lh|rh|l|r)(?:[^a-z]|$)")
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,33 @@ class Structure:
         """Whether the structure is a left or right one, by its terminology or by its name."""
         if any(code in self.terminology for code in _LEFT_OR_RIGHT_CODES):
             return True
-        return _SIDE_IN_NAME.search(self.name.casefold().replace("_", " ")) is not None
+        words = re.sub(r"([a-z])([A-Z])", r"\1 \2", self.name)  # LeftKidney, kidneyL
+        return _SIDE_IN_NAME.search(words.casefold()) is not None
 
     def to_json(self) -> dict:
         return {"name": self.name, "color": list(self.color), "terminology": self.terminology}
 
     @staticmethod
     def from_json(data: dict) -> "Structure":
-        return Structure(data["name"], tuple(float(c) for c in data["color"]), data.get("terminology", ""))
+        name, terminology = data["name"], data.get("terminology", "")
+        if not isinstance(name, str) or not isinstance(terminology, str):
+            raise TypeError(f"name and terminology must be texts, not {name!r} and {terminology!r}")
+        red, green, blue = (float(c) for c in data["color"])
+        return Structure(name, (red, green, blue), terminology)
 
 
 class StructureSet(Sequence[Structure]):
     """An ordered, immutable set of structures; output channel 0 is background, channel k is the k-th structure.
 
-    Raises InputError when empty, when a name is empty or holds a character that Slicer's file format reserves, or when
-    two names are equal but for case and surrounding blanks.
+    Raises InputError when empty, when a name is empty or holds a character that Slicer's file format reserves, when
+    two names are equal but for case and surrounding blanks, or when a terminology is no entry of Slicer's.
     """
 
     def __init__(self, structures: Iterable[Structure]):
         self._structures = tuple(structures)
         self._channels = {s.name: k for k, s in enumerate(self._structures, start=1)}
         _check_names([s.name for s in self._structures])
+        _check_terminologies(self._structures)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,7 +142,7 @@ def read_structures(path: str | Path) -> StructureSet:
             data = json.loads(text)
             return StructureSet.from_json(data["structures"] if isinstance(data, dict) else data, path)
         rows = list(csv.DictReader(text.splitlines()))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, csv.Error) as error:
         raise InputError(f"The structures cannot be read from {path} ({error}); give a .csv or .json file.") from error
     if not rows or "name" not in rows[0]:
         raise InputError(f'{path} lists no structures: its first line must name the columns, one of them "name".')
@@ -169,3 +175,13 @@ def _check_names(names: list[str]) -> None:
         if key in seen:
             raise InputError(f'The structure "{name}" is named twice (before as "{seen[key]}"); keep one of them.')
         seen[key] = name
+
+
+def _check_terminologies(structures: Iterable[Structure]) -> None:
+    for structure in structures:
+        # Context, category, type, type modifier, anatomic context, region, region modifier.
+        if structure.terminology and not re.fullmatch(r"[^~|\n\r]*(?:~[^~|\n\r]*){6}", structure.terminology):
+            raise InputError(
+                f'The terminology of "{structure.name}" is no entry as Slicer writes it (seven parts joined by ~); '
+                "copy it from a segmentation that Slicer saved, or leave it empty."
+            )

@@ -1,6 +1,9 @@
 """Volumes: reading them from any image file or DICOM folder, refusing what is no 3-D scalar volume, writing NRRD."""
 
+import gzip
+import math
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +81,7 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     path = Path(path)
     image = volume.grid.to_image(volume.array)
     with replaced(path) as temporary:
+        temporary.touch()  # ITK does not always say why it cannot write; the system does
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:
@@ -140,6 +144,7 @@ def _read_file(path: Path) -> sitk.Image:
     try:
         reader.ReadImageInformation()
         _check_kind(reader, path)
+        _check_nifti_length(reader, path)
         return reader.Execute()
     except RuntimeError as error:
         raise InputError(
@@ -156,6 +161,7 @@ def _read_dicom(folder: Path, series: str) -> sitk.Image:
         image = reader.Execute()
     except RuntimeError as error:
         raise InputError(f"The DICOM series in {folder} cannot be read ({_itk_reason(error)}).") from error
+    _check_scalar(image.GetNumberOfComponentsPerPixel(), folder)
     _check_slice_positions(reader, image, folder)
     return image
 
@@ -181,11 +187,7 @@ def _check_kind(reader: sitk.ImageFileReader, path: Path) -> None:
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if "complex" in kind:
         raise InputError(f"{path} holds complex numbers; save its magnitude as a volume.")
-    if reader.GetNumberOfComponents() > 1 or "vector" in kind:
-        raise InputError(
-            f"{path} holds {reader.GetNumberOfComponents()} values per voxel (colors or vectors); save one scalar "
-            "channel as a volume."
-        )
+    _check_scalar(reader.GetNumberOfComponents(), path)
     if len(size) > 3 and any(n > 1 for n in size[3:]):
         raise InputError(
             f"{path} is a {len(size)}-D image ({'×'.join(map(str, size))}); save one 3-D volume of it, for example one "
@@ -196,6 +198,45 @@ def _check_kind(reader: sitk.ImageFileReader, path: Path) -> None:
     _check_nifti_axes(reader, path)
 
 
+def _check_scalar(components: int, path: Path) -> None:
+    if components > 1:
+        raise InputError(
+            f"{path} holds {components} values per voxel (colors or vectors); save one scalar channel as a volume."
+        )
+
+
+def _check_nifti_length(reader: sitk.ImageFileReader, path: Path) -> None:
+    """Refuse a NIfTI or Analyze file that is cut short: ITK fills up its missing voxels without a word."""
+    if not reader.HasMetaDataKey("vox_offset"):
+        return
+    dimensions = int(reader.GetMetaData("dim[0]"))
+    voxels = math.prod(int(reader.GetMetaData(f"dim[{n}]")) for n in range(1, dimensions + 1))
+    needed = int(float(reader.GetMetaData("vox_offset"))) + voxels * int(reader.GetMetaData("bitpix")) // 8
+    try:
+        length = _uncompressed_length(_voxel_file(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as an image ({error}); it is damaged or cut short.") from error
+    if length < needed:
+        raise InputError(f"{path} is cut short: {length} of {needed} bytes are there; restore it from a copy.")
+
+
+def _voxel_file(path: Path) -> Path:
+    """The file with the voxels: the second one of a pair `.hdr` and `.img`, else the file itself."""
+    if path.suffix.lower() != ".hdr":
+        return path
+    candidates = (path.with_suffix(ending) for ending in (".img", ".IMG", ".img.gz"))
+    return next((c for c in candidates if c.exists()), path.with_suffix(".img"))
+
+
+def _uncompressed_length(path: Path) -> int:
+    """Bytes in a file that may be compressed; a compressed one is read through, which checks its checksum too."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return path.stat().st_size
+    with gzip.open(path) as file:
+        return sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
+
+
 def _check_nifti_axes(reader: sitk.ImageFileReader, path: Path) -> None:
     """Refuse NIfTI files whose chosen orientation (sform) is sheared: ITK silently falls back to another one."""
     if not reader.HasMetaDataKey("sform_code") or int(float(reader.GetMetaData("sform_code"))) <= 0:
@@ -203,10 +244,13 @@ def _check_nifti_axes(reader: sitk.ImageFileReader, path: Path) -> None:
     rows = [[float(v) for v in reader.GetMetaData(f"srow_{axis}").split()] for axis in "xyz"]
     axes = np.array(rows)[:, :3]
     lengths = np.linalg.norm(axes, axis=0)
-    if not lengths.all():
-        return
-    cosines = (axes / lengths).T @ (axes / lengths)
-    if np.abs(cosines - np.eye(3)).max() > 1e-3:
+    if lengths.all():
+        _check_perpendicular(axes / lengths, path)
+
+
+def _check_perpendicular(direction: np.ndarray, path: Path) -> None:
+    """Refuse sheared axes, given as unit vectors in the columns of a 3x3 matrix."""
+    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-3:
         raise InputError(
             f"{path} has sheared axes (gantry tilt); resample it to a grid with perpendicular axes, for example by "
             "loading and hardening it in Slicer."
@@ -218,6 +262,7 @@ def _to_volume(image: sitk.Image, path: Path) -> Volume:
         image = image[(slice(None), slice(None), slice(None)) + (0,) * (image.GetDimension() - 3)]
     if min(image.GetSize()) < 2:
         raise InputError(f"{path} is one slice ({'×'.join(map(str, image.GetSize()))} voxels), not a volume.")
+    _check_perpendicular(np.array(image.GetDirection()).reshape(3, 3), path)
     array = sitk.GetArrayFromImage(image)
     if array.dtype == np.float64:
         array = array.astype(np.float32)
@@ -237,7 +282,7 @@ def _has_scaling(image: sitk.Image) -> bool:
     if not image.HasMetaDataKey("scl_slope"):
         return False
     slope, intercept = float(image.GetMetaData("scl_slope")), float(image.GetMetaData("scl_inter"))
-    return slope not in (0.0, 1.0) or (slope == 1.0 and intercept != 0.0)
+    return slope not in (0.0, 1.0) or intercept != 0.0  # ITK adds the intercept even where the slope is 0, "unused"
 
 
 def _check_written(temporary: Path, image: sitk.Image, path: Path) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from PresenceSegLib.domain.errors import InputError
+from PresenceSegLib.domain.geometry import Grid
 from PresenceSegLib.domain.model import PLANES, ModelCard, ModelVersion
 from PresenceSegLib.domain.segmentation import Segmentation, Status
 from PresenceSegLib.domain.volume import Volume
@@ -47,14 +48,8 @@ class Model:
         return Model(version.read_card(), load_network(version, device), device)
 
     def check(self, volume: Volume) -> None:
-        """Raises InputError for a volume smaller than the network's stride, which would see mostly made-up edges."""
-        shape, step = network_shape(volume.grid, self.card.preprocessing), stride(self.card.network)
-        if any(n < s for n, s in zip(shape, step, strict=True)):
-            raise InputError(
-                f"The volume is too small for this model: {'×'.join(map(str, volume.grid.size))} voxels become "
-                f"{'×'.join(map(str, shape[::-1]))} at the model's spacing, and it needs at least "
-                f"{'×'.join(map(str, step[::-1]))}; use a model with smaller voxels."
-            )
+        """Raises InputError for a volume that is too small for the network; see `check_size`."""
+        check_size(volume.grid, self.card)
 
     def segment(self, volume: Volume, progress: Progress = lambda fraction: None) -> np.ndarray:
         """Labels [layers, k, j, i] of a volume on its own grid; value n is the n-th structure of the card, 0 none.
@@ -79,6 +74,17 @@ class Model:
         """The same as a segmentation: a segment for each structure, Not started, on the volume's grid."""
         labels = self.segment(volume, progress)
         return Segmentation.from_labels(labels, self.card.structures, volume.grid, Status.NOT_STARTED)
+
+
+def check_size(grid: Grid, card: ModelCard) -> None:
+    """Raises InputError for a volume smaller than the network's stride, which would see mostly made-up edges."""
+    shape, step = network_shape(grid, card.preprocessing), stride(card.network)
+    if any(n < s for n, s in zip(shape, step, strict=True)):
+        raise InputError(
+            f"The volume is too small for this model: {'×'.join(map(str, grid.size))} voxels become "
+            f"{'×'.join(map(str, shape[::-1]))} at the model's spacing, and it needs at least "
+            f"{'×'.join(map(str, step[::-1]))}; use a model with smaller voxels."
+        )
 
 
 @torch.inference_mode()

@@ -77,10 +77,12 @@ def fit_to_stride(size: Sequence[int], step: Sequence[int]) -> tuple[int, int, i
 
 
 def build_network(spec: NetworkSpec, structures: StructureSet) -> SegmentationNetwork:
-    """A freshly initialized network for a structure set. Raises InputError for an unknown name."""
-    slice_axis = PLANES.index(spec.plane) if spec.plane else None
+    """A freshly initialized network for a structure set. Raises InputError for an unknown or impossible network."""
     if spec.name not in NETWORKS:
         raise InputError(f'The model needs the network "{spec.name}", which this PresenceSeg does not have.')
+    if not _is_possible(spec):
+        raise InputError(f"The model's card is damaged ({spec} is no network); restore the model from a copy.")
+    slice_axis = PLANES.index(spec.plane) if spec.plane else None
     dims = 3 if slice_axis is None else 2
     strides = [tuple(s for axis, s in enumerate(step) if axis != slice_axis) for step in spec.strides]
     backbone = _BACKBONES[spec.name](dims, spec.channels, strides)
@@ -105,6 +107,19 @@ def keep_channels(
     return result
 
 
+def _is_possible(spec: NetworkSpec) -> bool:
+    """Whether plane, channels and strides of a specification, which may come from a damaged file, make a network."""
+    levels = len(_SEGRESNET_BLOCKS) if spec.name == "segresnet" else len(spec.channels)
+    numbers = (*spec.channels, *(n for step in spec.strides for n in step))
+    return (
+        spec.plane in ("", *PLANES)
+        and len(spec.channels) > 0
+        and len(spec.strides) == levels - 1 > 0
+        and all(len(step) == 3 for step in spec.strides)
+        and all(isinstance(n, int) and n > 0 for n in numbers)
+    )
+
+
 def _unet(dims: int, channels: Sequence[int], strides: list[tuple[int, ...]]) -> nn.Module:
     net = UNet(dims, 1, channels[0], channels, strides, num_res_units=2, act="LEAKYRELU")
     return nn.Sequential(net, nn.LeakyReLU())  # MONAI's UNet ends without activation, the head needs one
@@ -119,8 +134,8 @@ def _segresnet(dims: int, channels: Sequence[int], strides: list[tuple[int, ...]
 def _dynunet(dims: int, channels: Sequence[int], strides: list[tuple[int, ...]]) -> nn.Module:
     first = (1,) * dims
     net = DynUNet(dims, 1, 1, [3] * len(channels), [first, *strides], strides, filters=channels)
-    net.output_block = nn.Identity()  # its last convolution is our head
-    return net
+    # All layers but the last convolution, which is our head, and each by one name only: DynUNet keeps two.
+    return net.skip_layers
 
 
 _BACKBONES = {"unet": _unet, "segresnet": _segresnet, "dynunet": _dynunet}

@@ -5,28 +5,27 @@ from collections.abc import Iterable
 import slicer
 
 from PresenceSegLib.domain.errors import InputError
+from PresenceSegLib.domain.status import Status
 
-NOT_STARTED, IN_PROGRESS, COMPLETED, FLAGGED = STATUSES = ("NotStarted", "InProgress", "Completed", "Flagged")
 
-
-def segment_statuses(segmentation_node) -> list[tuple[str, str]]:
+def segment_statuses(segmentation_node) -> list[tuple[str, Status]]:
     """Name and status of each segment of a vtkMRMLSegmentationNode, in the node's order.
 
-    The status is one of STATUSES. A segment without a status, or with one that Slicer does not know, is NotStarted:
-    only what a person clearly marked may train.
+    A segment without a status, or with one that Slicer does not know, is NotStarted: only what a person clearly marked
+    may train.
     """
     segmentation = segmentation_node.GetSegmentation()
     segments = (segmentation.GetNthSegment(n) for n in range(segmentation.GetNumberOfSegments()))
     return [(segment.GetName(), _status(segment)) for segment in segments]
 
 
-def statuses(segmentation_node) -> dict[str, str]:
-    """Status (one of STATUSES) of each structure that has a segment in a vtkMRMLSegmentationNode, in the node's order.
+def statuses(segmentation_node) -> dict[str, Status]:
+    """Status of each structure that has a segment in a vtkMRMLSegmentationNode, in the node's order.
 
     Raises:
         InputError: two segments have the same name, so the name does not tell which structure is meant.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Status] = {}
     for name, status in segment_statuses(segmentation_node):
         if name in found:
             raise InputError(
@@ -47,16 +46,16 @@ def presence(segmentation_node, structure_names: Iterable[str]) -> dict[str, boo
         InputError: two segments have the same name.
     """
     found = statuses(segmentation_node)
-    return {name: found.get(name) == COMPLETED for name in structure_names}
+    return {name: found.get(name) is Status.COMPLETED for name in structure_names}
 
 
-def status_label(status: str) -> str:
-    """The words with which Slicer shows one of STATUSES, in the user's language."""
+def status_label(status: Status) -> str:
+    """The words with which Slicer shows a status, in the user's language."""
     logic = slicer.vtkSlicerSegmentationsModuleLogic
-    return logic.GetSegmentStatusAsHumanReadableString(getattr(logic, status))
+    return logic.GetSegmentStatusAsHumanReadableString(logic.GetSegmentStatusFromMachineReadableString(status.value))
 
 
-def _status(segment) -> str:
+def _status(segment) -> Status:
     logic = slicer.vtkSlicerSegmentationsModuleLogic
-    value = logic.GetSegmentStatus(segment)
-    return next((status for status in STATUSES if getattr(logic, status) == value), NOT_STARTED)
+    word = logic.GetSegmentStatusAsMachineReadableString(logic.GetSegmentStatus(segment))
+    return next((status for status in Status if status.value == word), Status.NOT_STARTED)

@@ -51,11 +51,11 @@ def run_demo(arguments: argparse.Namespace, output: Output) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already and is not empty; choose a new folder with --out.")
     device = choose_device(arguments.device)
-    project = make_project(out / "project", arguments.seed, output)
-
     settings = TrainingSettings(
         iterations=arguments.iterations, minutes=arguments.minutes, validation_fraction=0, seed=arguments.seed
     )
+    project = make_project(out / "project", arguments.seed, output)
+
     output.text(f"Training one network for all {len(STRUCTURES)} structures on {describe_device(device)}")
     version = train_and_report(Training.begin(project, settings, device), device, output)
     project.activate(version.name)

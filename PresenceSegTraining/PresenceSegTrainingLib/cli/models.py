@@ -1,6 +1,7 @@
 """The commands `train`, `segment` and `evaluate`: model versions at work."""
 
 import argparse
+import os
 import signal
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,7 +12,7 @@ from PresenceSegLib.domain.files import make_folder
 from PresenceSegLib.domain.model import PLANES, ModelVersion
 from PresenceSegLib.domain.project import Project
 from PresenceSegLib.domain.segmentation import write_segmentation
-from PresenceSegLib.domain.volume import SEGMENTATION_ENDING, image_stem, read_volume, repeated
+from PresenceSegLib.domain.volume import SEGMENTATION_ENDING, image_stem, is_image_file, read_volume, repeated
 from PresenceSegTrainingLib.cli.output import Output
 from PresenceSegTrainingLib.cli.projects import open_model
 from PresenceSegTrainingLib.domain.settings import TrainingSettings
@@ -275,8 +276,10 @@ def _targets(volumes: list[Path], out: Path, overwrite: bool) -> dict[Path, Path
         if len(volumes) > 1:
             raise InputError(f"{out} is one file, but there are {len(volumes)} volumes; give a folder to --out.")
         targets = {volumes[0]: out}
+    elif is_image_file(out):
+        raise InputError(f"{out} would be an image file; segmentations are written as .seg.nrrd, or into a folder.")
     else:
-        names = [image_stem(v.resolve()) for v in volumes]
+        names = [image_stem(os.path.abspath(v)) for v in volumes]  # "." has no name of its own
         twice = repeated(names)
         if twice:
             raise InputError(f'Two volumes have the name "{twice[0]}", so their results would too; rename one.')

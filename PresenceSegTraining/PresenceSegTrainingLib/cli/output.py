@@ -1,5 +1,6 @@
 """What the command line says: text and a progress bar for people, JSON lines for machines."""
 
+import io
 import json
 import math
 import sys
@@ -18,6 +19,10 @@ class Output:
 
     def __init__(self, as_json: bool = False):
         self.as_json = as_json
+        self._last_bar: tqdm | None = None
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a Windows pipe may lack a character of a name
 
     def text(self, line: str = "") -> None:
         if not self.as_json:
@@ -31,6 +36,8 @@ class Output:
         if self.as_json:
             self._emit("error", {"message": message})
         else:
+            if self._last_bar is not None:
+                self._last_bar.close()  # or the message would stand in the bar's line
             print(f"presenceseg: {message}", file=sys.stderr, flush=True)
 
     def progress(self, **data: Any) -> None:
@@ -39,7 +46,9 @@ class Output:
 
     def bar(self, what: str, total: int | float, **options: Any) -> tqdm:
         """A progress bar on stderr, silent for machines."""
-        return tqdm(desc=what, total=total, file=sys.stderr, disable=self.as_json, dynamic_ncols=True, **options)
+        bar = tqdm(desc=what, total=total, file=sys.stderr, disable=self.as_json, dynamic_ncols=True, **options)
+        self._last_bar = bar
+        return bar
 
     def loop(self, what: str):
         """A function that wraps a loop over (items, total) so that its progress is shown."""
@@ -65,7 +74,7 @@ class Output:
                 self.text("-" * (sum(widths) + 2 * (len(widths) - 1)))
 
     def _emit(self, kind: str, data: dict) -> None:
-        print(json.dumps({"type": kind, **data}, ensure_ascii=False), flush=True)
+        print(json.dumps({"type": kind, **data}), flush=True)
 
 
 def _cell(value: Any) -> str:

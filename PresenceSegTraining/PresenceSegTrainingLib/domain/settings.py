@@ -59,6 +59,9 @@ class TrainingSettings:
         for name in ("iterations", "minutes", "batch", "validate_every", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"The setting {name} is {getattr(self, name)}; it must not be below 0.")
+        for name in ("spacing", "patch"):
+            if min(getattr(self, name)) < 0:
+                raise InputError(f"The setting {name} is {getattr(self, name)}; none of it must be below 0.")
         for name in ("validation_fraction", "foreground_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"The setting {name} is {getattr(self, name)}; it must be at least 0 and below 1.")

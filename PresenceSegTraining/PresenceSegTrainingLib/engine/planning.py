@@ -25,9 +25,9 @@ _SAMPLES_PER_CASE = 20_000
 def split_cases(cases: Sequence[Case], structures: StructureSet, settings: TrainingSettings):
     """Split the cases that teach anything into training and validation cases; test cases are left out.
 
-    Cases marked "validation" validate. Where none is marked, a fraction of the subjects is drawn, never so that a
-    structure loses its last training case, and none at all from fewer than four subjects. All cases of a subject fall
-    on the same side.
+    Cases marked "validation" validate. Where none is marked, a fraction of the subjects is drawn, so that as many
+    structures as possible are scored but none loses its last training case; none at all from fewer than four subjects.
+    All cases of a subject fall on the same side.
 
     Returns:
         (training cases, validation cases)
@@ -52,20 +52,29 @@ def split_cases(cases: Sequence[Case], structures: StructureSet, settings: Train
 
 
 def _draw_validation(cases, infos, presence, settings: TrainingSettings) -> set[str]:
-    free = sorted({infos[c.name].subject for c in cases if infos[c.name].split == ""})
+    marked = {infos[c.name].subject for c in cases if infos[c.name].split != ""}
+    free = sorted({infos[c.name].subject for c in cases} - marked)
     wanted = round(settings.validation_fraction * len(free)) if len(free) >= 4 else 0
     if settings.validation_fraction > 0 and len(free) >= 4:
         wanted = max(wanted, 1)
-    left = sum((presence[c.name].astype(int) for c in cases), np.zeros(1, int))
-    chosen: set[str] = set()
-    for subject in np.random.default_rng([settings.seed, 1]).permutation(free):
-        if len(chosen) == wanted:
-            break
-        lost = sum((presence[c.name].astype(int) for c in cases if infos[c.name].subject == subject), np.zeros(1, int))
-        if not ((lost > 0) & (left - lost <= 0)).any():
-            chosen.add(str(subject))
-            left = left - lost
-    return chosen
+    presence_of = {
+        subject: sum(
+            (presence[c.name].astype(int) for c in cases if infos[c.name].subject == subject), np.zeros(1, int)
+        )
+        for subject in {infos[c.name].subject for c in cases}
+    }
+    left = sum(presence_of.values())
+    chosen: list[str] = []
+    candidates = np.random.default_rng([settings.seed, 1]).permutation(free).tolist()
+    while candidates and len(chosen) < wanted:
+        # First those that score structures which no chosen subject scores, else in the drawn order.
+        scored = sum((presence_of[s] for s in chosen), np.zeros(1, int)) > 0
+        subject = max(candidates, key=lambda s: ((presence_of[s] > 0) & ~scored).sum())
+        candidates.remove(subject)
+        if not ((presence_of[subject] > 0) & (left <= presence_of[subject])).any():
+            chosen.append(subject)
+            left = left - presence_of[subject]
+    return set(chosen)
 
 
 def plan(

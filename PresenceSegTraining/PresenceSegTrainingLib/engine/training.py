@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from PresenceSegLib.domain.case import Case
 from PresenceSegLib.domain.errors import InputError
-from PresenceSegLib.domain.files import make_folder, move, read_json, replaced, staging_folder, write_json
+from PresenceSegLib.domain.files import move, read_json, replaced, staging_folder, write_json
 from PresenceSegLib.domain.model import PLANES, ModelCard, ModelVersion, file_sha256
 from PresenceSegLib.domain.project import Project
 from PresenceSegLib.domain.structure import StructureSet
 from PresenceSegLib.engine.device import autocast, describe_device, gradient_scaler
-from PresenceSegLib.engine.inference import Model, predict
+from PresenceSegLib.engine.inference import Model, check_size, predict
 from PresenceSegLib.engine.networks import SegmentationNetwork, build_network, keep_channels
 from PresenceSegLib.engine.weights import load_network, save_weights
 from PresenceSegTrainingLib.domain.settings import TrainingSettings
@@ -108,11 +109,13 @@ class Training:
             parent=settings.parent,
             settings=settings.to_json(),
         )
-        folder = make_folder(project.training_folder / card.version)
+        _check_sizes((*train, *validation), card)
+        folder = project.training_folder / card.version
         names = tuple(tuple(c.name for c in cases) for cases in (train, validation))
-        training = Training(project, folder, settings, card, *names)
-        write_json(folder / "run.json", {"card": card.to_json(), "train": names[0], "validation": names[1]})
-        return training
+        with staging_folder(project.folder) as staging:
+            write_json(staging / "run.json", {"card": card.to_json(), "train": names[0], "validation": names[1]})
+            move(staging, folder)
+        return Training(project, folder, settings, card, *names)
 
     @staticmethod
     def reopen(project: Project, version: str = "") -> "Training":
@@ -150,7 +153,14 @@ class Training:
             raise InputError(f'The case "{missing[0]}" of this training is gone; start a new training.')
         structures, preprocessing = self.card.structures, self.card.preprocessing
         names = (*self.train_names, *self.validation_names)
-        prepared = prepare_cases([cases[n] for n in names], structures, preprocessing, self.project.cache_folder, wrap)
+        try:
+            prepared = prepare_cases(
+                [cases[n] for n in names], structures, preprocessing, self.project.cache_folder, wrap
+            )
+        except InputError:
+            if not (self.folder / "checkpoint.pt").exists():  # nothing to resume: leave the project as it was
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         train, validation = prepared[: len(self.train_names)], prepared[len(self.train_names) :]
         training = replace(self, card=replace(self.card, label_layers=_label_layers(self.card, prepared)))
         state = training._load_state(device)
@@ -298,6 +308,15 @@ class Training:
             "torch": torch.__version__,
             "monai": monai.__version__,
         }
+
+
+def _check_sizes(cases: Iterable[Case], card: ModelCard) -> None:
+    """Refuse cases that are too small for the network now, not when they are scored at the end of the training."""
+    for case in cases:
+        try:
+            check_size(case.read_grid(), card)
+        except InputError as error:
+            raise InputError(f'Case "{case.name}": {error}') from error
 
 
 def _annotated(case: PreparedCase, structures: StructureSet) -> list[str]:
