@@ -63,6 +63,7 @@ def main() -> None:
     arguments = parse_arguments()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="partial_labels_"))
     make_folder(work)
+    check_same_run(work / "arguments.json", arguments)
     device = choose_device(arguments.device)
     halves, test = split(arguments.data, arguments.seed, arguments.training_cases, arguments.test_cases)
     print(f"{sum(map(len, halves))} training cases, {len(test)} test cases, {describe_device(device)}", flush=True)
@@ -98,6 +99,14 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.iterations, arguments.training_cases, arguments.test_cases = 60, 24, 10
     return arguments
+
+
+def check_same_run(path: Path, arguments: argparse.Namespace) -> None:
+    """A work folder holds the results of one set of arguments; others would mix."""
+    wanted = {name: str(value) for name, value in vars(arguments).items() if name not in ("work", "device")}
+    if path.exists() and read_json(path, "arguments") != wanted:
+        raise SystemExit(f"{path.parent} holds a run with other arguments; choose another --work.")
+    write_json(path, wanted)
 
 
 def split(data: Path, seed: int, training_cases: int | None, test_cases: int):

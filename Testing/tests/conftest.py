@@ -33,6 +33,17 @@ def shared_folder(shared_data):
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread: faster for tiny networks, all the more where other processes want the cores too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def snapshot():
     """Function from a folder to all that is in it: relative path -> content of the file, or None for a folder."""

@@ -23,7 +23,7 @@ from PresenceSegLib.domain.segmentation import (
     write_segmentation,
 )
 from PresenceSegLib.domain.structure import StructureSet
-from PresenceSegLib.domain.volume import Volume, read_grid, read_volume, write_volume
+from PresenceSegLib.domain.volume import Volume, read_grid, read_volume, repeated, write_volume
 
 SPLITS = ("", "train", "validation", "test")
 
@@ -102,13 +102,17 @@ class Case:
     def read_segmentation(self) -> Segmentation:
         return read_segmentation(self.segmentation_path)
 
-    def statuses(self) -> dict[str, Status]:
-        """Status of every segment by name, read from the header alone."""
-        return read_statuses(self.segmentation_path)
-
     def presence(self, structures: StructureSet) -> np.ndarray:
-        """Presence vector, bool [C]: whether the segment of structure c is Completed."""
-        statuses = self.statuses()
+        """Presence vector, bool [C]: whether the segment of structure c is Completed; read from the header alone.
+
+        Raises InputError when two segments have the name of one structure.
+        """
+        found = read_statuses(self.segmentation_path)
+        names = [name for name, _ in found if name in structures]
+        twice = repeated(names)
+        if twice:
+            raise InputError(f'{self.segmentation_path} has several segments named "{twice[0]}"; keep one, in Slicer.')
+        statuses = dict(found)
         return np.array([statuses.get(name) is Status.COMPLETED for name in structures.names])
 
     def states(self, structures: StructureSet) -> list[State]:

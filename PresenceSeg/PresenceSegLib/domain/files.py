@@ -76,7 +76,7 @@ def make_folder(path: str | Path) -> Path:
 
 def cannot_write(path: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
-    return InputError(f"{path} cannot be written ({reason}); nothing was changed, free the disk or choose another.")
+    return InputError(f"{path} cannot be written ({reason}); nothing was changed; check the disk and your permissions.")
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -102,7 +102,7 @@ def read_json(path: str | Path, what: str) -> dict:
 def check_format(data: dict, supported: int, path: Path, what: str) -> None:
     """Refuse a file whose `format` is missing or newer than this version of PresenceSeg can read."""
     number = data.get("format")
-    if not isinstance(number, int):
+    if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(f"{path} is not a PresenceSeg {what}: it has no format number.")
     if number > supported:
         raise InputError(

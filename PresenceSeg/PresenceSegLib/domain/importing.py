@@ -9,16 +9,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from PresenceSegLib.domain.case import Case, CaseInfo
 from PresenceSegLib.domain.errors import InputError
-from PresenceSegLib.domain.files import move, staging_folder
+from PresenceSegLib.domain.files import make_folder, move, staging_folder
 from PresenceSegLib.domain.project import Project, check_case_name
-from PresenceSegLib.domain.segmentation import Segment, Segmentation, Status, read_segmentation
+from PresenceSegLib.domain.segmentation import Segment, Segmentation, Status, read_segmentation, vanished
 from PresenceSegLib.domain.structure import Structure
 from PresenceSegLib.domain.volume import (
     Volume,
@@ -33,6 +33,7 @@ from PresenceSegLib.domain.volume import (
 )
 
 UNLABELLED = ("refuse", "skip", "keep")
+_HEADER_WORDS = ("label", "labels", "value", "id", "index", "segment", "name", "number")  # of a table's first column
 IGNORED = ""  # the structure name that a mapping gives to label values which are to be left out
 
 
@@ -66,11 +67,16 @@ class ImportOptions:
 
 @dataclass
 class ImportReport:
-    """What an import did: names of the cases, and per structure in how many of them it is now annotated."""
+    """What an import did: names of the cases, and per structure in how many of them it is now annotated.
+
+    `unused_labels` are label files for which there was no image; `empty` counts the cases of `annotated` in which the
+    structure is confirmed absent.
+    """
 
     added: list[str] = field(default_factory=list)
     extended: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    unused_labels: list[str] = field(default_factory=list)
     annotated: dict[str, int] = field(default_factory=dict)
     empty: dict[str, int] = field(default_factory=dict)
 
@@ -107,8 +113,8 @@ def import_cases(
     _check_names(project, options)
     if labels is None and (options.mapping is not None or options.annotated):
         raise InputError("There is a mapping or a list of annotated structures, but there are no labels; give both.")
-    pairs = _pairs(Path(images), Path(labels) if labels else None, options)
-    report = ImportReport()
+    pairs, unused = _pairs(Path(images), Path(labels) if labels else None, options)
+    report = ImportReport(unused_labels=unused)
     if labels and options.unlabelled == "skip":
         report.skipped = [image.name for image, label in pairs if label is None]
         pairs = [(image, label) for image, label in pairs if label is not None]
@@ -119,6 +125,9 @@ def import_cases(
             except InputError as error:
                 raise InputError(f'Case "{image.name}": {error}') from error
             _count(report, segmentation, project)
+        missing = [name for name in options.annotated or () if name not in report.annotated]
+        if missing:
+            raise InputError(f'"{missing[0]}" is given as annotated but is in none of the labels; check the name.')
         _commit(project, staging, report)
     return report
 
@@ -138,6 +147,9 @@ def parse_mapping(entries: Iterable[str]) -> dict[str, str]:
         else:
             pairs += [_parse_pair(text) for text in entry.split(",") if text.strip()]
     pairs = [(values, name) for values, name in pairs if values != "0"]
+    with_background = [name for values, name in pairs if "0" in (v.strip() for v in values.split("+"))]
+    if with_background:
+        raise InputError(f'The mapping joins label 0 to "{with_background[0]}", but 0 is always background.')
     named_twice = repeated([name for _, name in pairs if name != IGNORED])
     if named_twice:
         raise InputError(
@@ -162,11 +174,12 @@ def _read_mapping(path: Path) -> list[tuple[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            return [(str(value), str(name)) for value, name in json.loads(text).items()]
+            # As pairs, since a dict would silently keep only the last of two equal labels.
+            return [(str(value), str(name)) for value, name in json.loads(text, object_pairs_hook=list)]
         rows = [row for row in csv.reader(text.splitlines()) if len(row) >= 2]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise InputError(f"The mapping {path} cannot be read ({error}).") from error
-    if rows and not re.fullmatch(r"[\d+ ]+", rows[0][0]):
+    if rows and rows[0][0].strip().casefold() in _HEADER_WORDS:
         rows = rows[1:]
     return [(row[0].strip(), row[1].strip()) for row in rows]
 
@@ -187,10 +200,12 @@ def _check_names(project: Project, options: ImportOptions) -> None:
         raise InputError(f'"{options.unlabelled}" is no way to treat unlabelled images; use {", ".join(UNLABELLED)}.')
 
 
-def _pairs(images: Path, labels: Path | None, options: ImportOptions) -> list[tuple[_Image, Path | None]]:
-    """Images with their label files, matched by name."""
+def _pairs(
+    images: Path, labels: Path | None, options: ImportOptions
+) -> tuple[list[tuple[_Image, Path | None]], list[str]]:
+    """Images with their label files, matched by name, and the names of label files that match no image."""
     found = _find_images(images, options.image_suffix)
-    twice = repeated([image.name for image in found])
+    twice = repeated([image.name.casefold() for image in found])  # some file systems do not tell A from a
     if twice:
         raise InputError(f'Two images in {images} have the name "{twice[0]}"; rename one, names tell cases apart.')
     for image in found:
@@ -204,7 +219,8 @@ def _pairs(images: Path, labels: Path | None, options: ImportOptions) -> list[tu
             f"{len(missing)} of {len(found)} images have no label of the same name in {labels} ({_some(missing)}); "
             "check the suffixes, or choose to skip or keep unlabelled images."
         )
-    return [(image, label_of.get(image.name)) for image in found]
+    unused = sorted(set(label_of) - {image.name for image in found})
+    return [(image, label_of.get(image.name)) for image in found], unused
 
 
 def _find_images(source: Path, suffix: str) -> list[_Image]:
@@ -259,8 +275,8 @@ def _stage(project: Project, staging: Path, image: _Image, label: Path | None, o
     existing = Case(project.folder / "cases" / image.name)
     segmentation = Segmentation.empty(volume.grid)
     if existing.folder.is_dir():
-        _check_same_volume(existing, volume)
-        segmentation = existing.read_segmentation().on_grid(volume.grid)
+        _check_same_case(existing, volume, options)
+        segmentation = _stored_segmentation(existing, volume)
     if label is not None:
         if is_segmentation_file(label):
             _add_segments(segmentation, read_segmentation(label), label, volume, project, options)
@@ -270,7 +286,7 @@ def _stage(project: Project, staging: Path, image: _Image, label: Path | None, o
         _annotate(segmentation, project.structures.named(name), np.zeros(volume.grid.shape, bool), Status.COMPLETED)
 
     staged = Case(staging / image.name)
-    staged.folder.mkdir()
+    make_folder(staged.folder)
     if existing.folder.is_dir():
         staged.write_segmentation(segmentation)
     else:
@@ -279,7 +295,21 @@ def _stage(project: Project, staging: Path, image: _Image, label: Path | None, o
     return segmentation
 
 
-def _check_same_volume(case: Case, volume: Volume) -> None:
+def _stored_segmentation(case: Case, volume: Volume) -> Segmentation:
+    """The case's segmentation on the grid of its volume; it will be stored again, so nothing of it may be lost."""
+    stored = case.read_segmentation()
+    segmentation = stored.on_grid(volume.grid)
+    if np.count_nonzero(segmentation.layers) != np.count_nonzero(stored.layers):
+        raise InputError("its segmentation in the project reaches beyond the volume; crop it in Slicer first.")
+    return segmentation
+
+
+def _check_same_case(case: Case, volume: Volume, options: ImportOptions) -> None:
+    """Refuse to add to a case of the same name that is another one, or that is used for something else."""
+    if options.split and options.split != case.info.split:
+        raise InputError(f'the project has it with the split "{case.info.split}", which an import does not change.')
+    if options.subject_pattern and _subject(case.name, options.subject_pattern) != case.info.subject:
+        raise InputError(f'the project has it with the subject "{case.info.subject}", which an import does not change.')
     stored = case.read_volume()
     if not stored.grid.same_as(volume.grid) or not np.array_equal(stored.array, volume.array):
         raise InputError("the project has a case of this name with another volume; rename the image.")
@@ -300,7 +330,13 @@ def _add_label_map(segmentation, label_map, path, volume, project, options) -> N
             f"{unnamed[0]}= to leave it out."
         )
     array = _label_array_on_grid(label_map, path, volume, options.resample)
+    gone = {value for _, value in vanished(label_map.array[np.newaxis], array[np.newaxis])}
     for name, values in values_of.items():
+        if gone & set(values) and not np.isin(array, values).any():
+            raise InputError(
+                f'Nothing of "{name}" in {path} is left on the grid of the image, it lies outside of it or is too '
+                f"small: the label has {label_map.grid.describe()}; the image has {volume.grid.describe()}."
+            )
         status = Status.COMPLETED if options.annotated is None or name in options.annotated else Status.NOT_STARTED
         _annotate(segmentation, project.structures.named(name), np.isin(array, values), status)
 
@@ -322,19 +358,7 @@ def _label_array_on_grid(label_map: Volume, path: Path, volume: Volume, resample
             f"{path} lies on another grid than its image: the label has {label_map.grid.describe()}; the image has "
             f"{volume.grid.describe()}; ask for resampling if both show the same patient in the same place."
         )
-    source = Segmentation(label_map.array[np.newaxis], label_map.grid)
-    moved = source.resampled(volume.grid)
-    _check_inside(source, moved, path)
-    return moved.layers[0]
-
-
-def _check_inside(source: Segmentation, moved: Segmentation, path: Path) -> None:
-    """Refuse labels of which nothing is left on the volume's grid: taken as they are, all of them would be absent."""
-    if source.layers.any() and not moved.layers.any():
-        raise InputError(
-            f"{path} lies outside of its image: the label has {source.grid.describe()}; the image has "
-            f"{moved.grid.describe()}; check that both are of the same scan."
-        )
+    return Segmentation(label_map.array[np.newaxis], label_map.grid).resampled(volume.grid).layers[0]
 
 
 def _add_segments(segmentation, source, path, volume, project, options) -> None:
@@ -348,7 +372,6 @@ def _add_segments(segmentation, source, path, volume, project, options) -> None:
         moved = source.resampled(volume.grid) if options.resample else source.on_grid(volume.grid)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    _check_inside(source, moved, path)
     for name, segments in _segments_by_name(moved, path, mapping).items():
         if name == IGNORED:
             continue
@@ -359,7 +382,10 @@ def _add_segments(segmentation, source, path, volume, project, options) -> None:
         status = segments[0].status if segments[0].name not in mapping else Status.COMPLETED
         if options.annotated is not None:
             status = Status.COMPLETED if name in options.annotated else Status.NOT_STARTED
-        _annotate(segmentation, project.structures.named(name), mask, status)
+        structure = project.structures.named(name)
+        # The project's colors and terminology are what a structure looks like; a file fills in what the project lacks.
+        structure = replace(structure, terminology=structure.terminology or segments[0].terminology)
+        _annotate(segmentation, structure, mask, status)
         for segment in segments:
             segmentation.named(name).tags.update(segment.tags)
 

@@ -1,7 +1,8 @@
 """Model versions: weights and the card that says what they are. Plain data; the network itself is engine business.
 
 model.json            the card
-weights.safetensors   the weights, whose SHA-256 the card holds
+weights.safetensors   the weights, whose SHA-256 the card holds: the best ones, where something validates
+last.safetensors      the weights at the end of the training
 history.csv           loss, learning rate and validation scores over the training
 report.json           scores of the finished version
 """

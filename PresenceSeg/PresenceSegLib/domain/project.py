@@ -76,7 +76,7 @@ class Project:
         check_format(data, PROJECT_FORMAT, path, "project")
         try:
             structures = StructureSet.from_json(data["structures"], path)
-            return Project(folder, data["name"], structures, data.get("active_version", ""))
+            return Project(folder, str(data["name"]), structures, str(data.get("active_version", "")))
         except KeyError as error:
             raise InputError(f"The project {path} is damaged: {error} is missing; restore it from a copy.") from error
 
@@ -146,7 +146,8 @@ class Project:
 
     def unfinished_trainings(self) -> list[Path]:
         """Folders of trainings that were stopped before they made a model version, oldest first."""
-        return _subfolders(self.training_folder)
+        made = {model.name for model in self.models()}  # one killed right after leaves its folder behind
+        return [folder for folder in _subfolders(self.training_folder) if folder.name not in made]
 
     def next_version(self) -> str:
         """A version name that is free among the models and the unfinished trainings: v1, v2, ..."""

@@ -100,14 +100,15 @@ class Segmentation:
 
         No other segment loses a voxel: the segment moves to a layer of its own where it would overlap another.
         """
-        segment = self.named(structure.name)
+        segment, position = self.named(structure.name), len(self.segments)
         if segment is None:
             segment = self._new_segment(structure, 0, 0, status)
         else:
             self.layers[segment.layer][self.mask(segment)] = 0
+            position = self.segments.index(segment)
             self.segments.remove(segment)
         segment.status = status
-        self._place(segment, mask)
+        self._place(segment, mask, position)
 
     def add(self, segment: Segment, mask: np.ndarray) -> None:
         """Add somebody else's segment as it is, but for its ID where that is taken.
@@ -117,9 +118,10 @@ class Segmentation:
         if self.named(segment.name) is not None:
             raise InputError(f'There is a segment named "{segment.name}" already; rename one of the two in Slicer.')
         taken = segment.id in {s.id for s in self.segments}
-        self._place(replace(segment, id=self._free_id() if taken else segment.id, fields=dict(segment.fields)), mask)
+        own = replace(segment, id=self._free_id() if taken else segment.id, fields=dict(segment.fields))
+        self._place(own, mask, len(self.segments))
 
-    def _place(self, segment: Segment, mask: np.ndarray) -> None:
+    def _place(self, segment: Segment, mask: np.ndarray, position: int) -> None:
         layer = next((n for n, voxels in enumerate(self.layers) if not voxels[mask].any()), None)
         if layer is None:
             self.layers = np.concatenate([self.layers, np.zeros_like(self.layers[:1])])
@@ -129,23 +131,26 @@ class Segmentation:
         segment.layer = layer
         # A file may hold voxels of a value that no segment has; they must not become part of this one.
         segment.label_value = next(value for value in free if not (self.layers[layer] == value).any())
-        # Slicer crops a whole layer to the extent that its first segment had in the file.
+        # Older versions of Slicer crop a whole layer to the extent that its first segment has in the file.
         for placed in (segment, *(s for s in self.segments if s.layer == layer)):
             placed.fields.pop("Extent", None)
         if segment.label_value > np.iinfo(self.layers.dtype).max:
             self.layers = self.layers.astype(np.uint16)
         self.layers[layer][mask] = segment.label_value
-        self.segments.append(segment)
+        self.segments.insert(position, segment)
 
     def label_layers(self, structures: StructureSet, statuses: Iterable[Status]) -> np.ndarray:
         """Labels [L, k, j, i] (uint8, or uint16 for more than 255 structures) of the named structures.
 
         Value n is the n-th structure of `structures` (1..C); segments in other statuses or of other names give 0.
         L is 1 unless structures overlap; where they do, each is complete in one of the layers.
+
+        Raises InputError when two segments have the name of one structure.
         """
         dtype = np.uint8 if len(structures) < 256 else np.uint16
         statuses = set(statuses)
-        wanted = [s for s in self.segments if s.name in structures and s.status in statuses]
+        found = (self.named(name) for name in structures.names)
+        wanted = [s for s in found if s is not None and s.status in statuses]
         result: list[np.ndarray] = []
         for number in sorted({s.layer for s in wanted}):
             table = np.zeros(int(self.layers[number].max()) + 1, dtype)
@@ -163,7 +168,8 @@ class Segmentation:
     def on_grid(self, grid: Grid) -> "Segmentation":
         """The same segmentation on another grid whose voxels coincide with this one's (a crop or an extension).
 
-        Raises InputError, naming both geometries, when the voxels do not coincide.
+        Raises InputError, naming both geometries, when the voxels do not coincide; and when nothing of a segment
+        would be left, which would make it look empty.
         """
         if self.grid.same_as(grid):
             return self
@@ -179,9 +185,11 @@ class Segmentation:
         return self._with_layers(layers, grid)
 
     def resampled(self, grid: Grid) -> "Segmentation":
-        """The same segmentation on any other grid, by nearest neighbor."""
-        reference = sitk.Image(grid.size, sitk.sitkUInt8)
-        reference.CopyInformation(grid.to_image(np.zeros(grid.shape, np.uint8)))
+        """The same segmentation on any other grid, by nearest neighbor.
+
+        Raises InputError when nothing of a segment would be left.
+        """
+        reference = grid.to_image(np.zeros(grid.shape, np.uint8))
         layers = [
             sitk.GetArrayFromImage(
                 sitk.Resample(self.grid.to_image(layer), reference, sitk.Transform(), sitk.sitkNearestNeighbor)
@@ -191,6 +199,13 @@ class Segmentation:
         return self._with_layers(np.stack(layers), grid)
 
     def _with_layers(self, layers: np.ndarray, grid: Grid) -> "Segmentation":
+        gone = vanished(self.layers, layers)
+        for segment in self.segments:
+            if (segment.layer, segment.label_value) in gone:
+                raise InputError(
+                    f'Nothing of the segment "{segment.name}" is left on the grid of the volume, it lies outside of it '
+                    f"or is too small: the segmentation has {self.grid.describe()}; the volume has {grid.describe()}."
+                )
         segments = [replace(s, fields={k: v for k, v in s.fields.items() if k != "Extent"}) for s in self.segments]
         # These describe the grid the file had; Slicer derives them anew from the geometry of the file.
         described = ("Segmentation_ReferenceImageExtentOffset", "Segmentation_ConversionParameters")
@@ -213,6 +228,12 @@ class Segmentation:
         return next(f"Segment_{n}" for n in range(1, len(used) + 2) if f"Segment_{n}" not in used)
 
 
+def vanished(before: np.ndarray, after: np.ndarray) -> set[tuple[int, int]]:
+    """Layer and value of all labels that `before` [L, k, j, i] has voxels of, and `after` (on another grid) has not."""
+    present = [{(n, int(v)) for n, layer in enumerate(a) for v in np.unique(layer) if v} for a in (before, after)]
+    return present[0] - present[1]
+
+
 def read_segmentation(path: str | Path) -> Segmentation:
     """Read a `.seg.nrrd` file.
 
@@ -221,6 +242,8 @@ def read_segmentation(path: str | Path) -> Segmentation:
     path = Path(path)
     texts, ijk_to_lps, layers = read_nrrd(path, skip_voxels=False)
     if layers.dtype.kind != "u":
+        if layers.min(initial=0) < 0 or layers.max(initial=0) > np.iinfo(np.uint16).max:
+            raise InputError(f"{path} holds labels below 0 or above 65535; save it anew in Slicer.")
         layers = layers.astype(np.uint16 if layers.max(initial=0) > 255 else np.uint8)
     fields, segments = _segments(texts, path)
     for segment in segments:
@@ -229,10 +252,10 @@ def read_segmentation(path: str | Path) -> Segmentation:
     return Segmentation(layers, Grid.from_matrix(layers.shape[:0:-1], ijk_to_lps), segments, fields)
 
 
-def read_statuses(path: str | Path) -> dict[str, Status]:
-    """Names and statuses of the segments of a `.seg.nrrd` file, from its header alone."""
+def read_statuses(path: str | Path) -> list[tuple[str, Status]]:
+    """Names and statuses of the segments of a `.seg.nrrd` file in its order, from its header alone."""
     path = Path(path)
-    return {s.name: s.status for s in _segments(read_nrrd(path, skip_voxels=True)[0], path)[1]}
+    return [(s.name, s.status) for s in _segments(read_nrrd(path, skip_voxels=True)[0], path)[1]]
 
 
 def write_segmentation(path: str | Path, segmentation: Segmentation) -> None:

@@ -18,8 +18,11 @@ from PresenceSegLib.domain.geometry import Grid
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 SEGMENTATION_ENDING = ".seg.nrrd"
 
-# Slices of one series may lie off their even spacing by this part of it before the series counts as gapped.
+# Slices of one series may lie off an even grid by this part of the smallest voxel side.
 _SLICE_GAP_TOLERANCE = 0.05
+
+_NIFTI_HEADER_SIZE = (348).to_bytes(4, "little")  # the first number of a NIfTI-1 or Analyze file; tells its byte order
+_NIFTI_FLOATS = {"16": "f4", "64": "f8"}  # number type by the header's datatype code
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ def read_volume(path: str | Path) -> Volume:
             it holds NaN or infinity, or the same value everywhere.
     """
     path = Path(path)
+    if is_segmentation_file(path):
+        raise InputError(f"{path} is a segmentation; give the volume that it belongs to.")
     image = _read_dicom(path, _the_only_series(path)) if path.is_dir() else _read_file(path)
     volume = _to_volume(image, path)
     _check_intensities(volume.array, path)
@@ -144,7 +149,7 @@ def _read_file(path: Path) -> sitk.Image:
     try:
         reader.ReadImageInformation()
         _check_kind(reader, path)
-        _check_nifti_length(reader, path)
+        _check_nifti_voxels(reader, path)
         return reader.Execute()
     except RuntimeError as error:
         raise InputError(
@@ -167,18 +172,17 @@ def _read_dicom(folder: Path, series: str) -> sitk.Image:
 
 
 def _check_slice_positions(reader: sitk.ImageSeriesReader, image: sitk.Image, folder: Path) -> None:
-    """Refuse a series with missing or unevenly spaced slices: ITK would place them evenly, that is wrongly."""
-    count = len(reader.GetFileNames())
-    if count < 2 or not reader.HasMetaDataKey(0, "0020|0032"):
-        return
-    normal = np.array(image.GetDirection()).reshape(3, 3)[:, 2]
-    positions = [[float(v) for v in reader.GetMetaData(n, "0020|0032").split("\\")] for n in range(count)]
-    gaps = np.diff(np.array(positions) @ normal)
-    if np.abs(gaps - np.median(gaps)).max() > _SLICE_GAP_TOLERANCE * abs(np.median(gaps)):
-        raise InputError(
-            f"The DICOM series in {folder} has missing or unevenly spaced slices (gaps from {gaps.min():.4g} to "
-            f"{gaps.max():.4g} mm); load it in Slicer, resample it and save it as NRRD."
-        )
+    """Refuse a series whose slices are not where ITK puts them: missing, unevenly spaced or sheared (gantry tilt)."""
+    for n in range(len(reader.GetFileNames())):
+        if not reader.HasMetaDataKey(n, "0020|0032"):
+            return
+        position = [float(v) for v in reader.GetMetaData(n, "0020|0032").split("\\")]
+        off = np.linalg.norm(np.subtract(position, image.TransformIndexToPhysicalPoint((0, 0, n))))
+        if off > _SLICE_GAP_TOLERANCE * min(image.GetSpacing()):
+            raise InputError(
+                f"The DICOM series in {folder} has missing, unevenly spaced or sheared slices (slice {n + 1} is "
+                f"{off:.3g} mm off); load it in Slicer, resample it to an even grid and save it as NRRD."
+            )
 
 
 def _check_kind(reader: sitk.ImageFileReader, path: Path) -> None:
@@ -205,19 +209,25 @@ def _check_scalar(components: int, path: Path) -> None:
         )
 
 
-def _check_nifti_length(reader: sitk.ImageFileReader, path: Path) -> None:
-    """Refuse a NIfTI or Analyze file that is cut short: ITK fills up its missing voxels without a word."""
+def _check_nifti_voxels(reader: sitk.ImageFileReader, path: Path) -> None:
+    """Refuse what ITK replaces by zeros without a word: missing voxels of a NIfTI or Analyze file, NaN and infinity."""
     if not reader.HasMetaDataKey("vox_offset"):
         return
     dimensions = int(reader.GetMetaData("dim[0]"))
     voxels = math.prod(int(reader.GetMetaData(f"dim[{n}]")) for n in range(1, dimensions + 1))
-    needed = int(float(reader.GetMetaData("vox_offset"))) + voxels * int(reader.GetMetaData("bitpix")) // 8
+    start = int(float(reader.GetMetaData("vox_offset")))
+    needed = start + voxels * int(reader.GetMetaData("bitpix")) // 8
     try:
-        length = _uncompressed_length(_voxel_file(path))
+        with open(path, "rb") if path.suffix.lower() != ".gz" else gzip.open(path) as file:
+            order = "<" if file.read(4) == _NIFTI_HEADER_SIZE else ">"
+        kind = _NIFTI_FLOATS.get(reader.GetMetaData("datatype"))
+        length, bad = _scan(_voxel_file(path), start, needed, np.dtype(order + kind) if kind else None)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read as an image ({error}); it is damaged or cut short.") from error
     if length < needed:
         raise InputError(f"{path} is cut short: {length} of {needed} bytes are there; restore it from a copy.")
+    if bad:
+        raise _not_finite(path, bad)
 
 
 def _voxel_file(path: Path) -> Path:
@@ -228,13 +238,24 @@ def _voxel_file(path: Path) -> Path:
     return next((c for c in candidates if c.exists()), path.with_suffix(".img"))
 
 
-def _uncompressed_length(path: Path) -> int:
-    """Bytes in a file that may be compressed; a compressed one is read through, which checks its checksum too."""
+def _scan(path: Path, start: int, stop: int, floats: np.dtype | None) -> tuple[int, int]:
+    """Bytes in a file that may be compressed, and numbers between two bytes that are NaN or infinite.
+
+    A compressed file is read through, which checks its checksum too.
+    """
     with open(path, "rb") as file:
-        if file.read(2) != b"\x1f\x8b":
-            return path.stat().st_size
-    with gzip.open(path) as file:
-        return sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
+        compressed = file.read(2) == b"\x1f\x8b"
+    if not compressed and floats is None:
+        return path.stat().st_size, 0
+    bad = 0
+    with gzip.open(path) if compressed else open(path, "rb") as file:
+        length = len(file.read(start))
+        while block := file.read(1 << 20):
+            if floats is not None:
+                count = max(0, min(len(block), stop - length)) // floats.itemsize
+                bad += count - int(np.isfinite(np.frombuffer(block, floats, count)).sum())
+            length += len(block)
+    return length, bad
 
 
 def _check_nifti_axes(reader: sitk.ImageFileReader, path: Path) -> None:
@@ -273,9 +294,13 @@ def _check_intensities(array: np.ndarray, path: Path) -> None:
     if array.dtype.kind == "f":
         bad = array.size - int(np.isfinite(array).sum())
         if bad:
-            raise InputError(f"{path} holds {bad} voxels that are NaN or infinite; replace them by numbers.")
+            raise _not_finite(path, bad)
     if array.min() == array.max():
         raise InputError(f"{path} has the value {array.flat[0]} everywhere; there is nothing to segment in it.")
+
+
+def _not_finite(path: Path, count: int) -> InputError:
+    return InputError(f"{path} holds {count} voxels that are NaN or infinite; replace them by numbers.")
 
 
 def _has_scaling(image: sitk.Image) -> bool:

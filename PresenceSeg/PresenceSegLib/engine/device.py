@@ -8,14 +8,14 @@ from PresenceSegLib.domain.errors import InputError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device named "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" takes the fastest there is.
+    """The device named "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is CUDA, else the CPU.
+
+    Apple's "mps" must be asked for: older versions of torch lack 3-D operations there.
 
     Raises InputError when the named device is not there.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -32,7 +32,8 @@ def half_precision(device: torch.device) -> torch.dtype | None:
     On processors without bfloat16 instructions it is emulated and slower than float32.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # Before the generation of capability 8, bfloat16 is emulated.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # new in torch 2.10
         capabilities = torch.cpu.get_capabilities()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):

@@ -30,10 +30,6 @@ _CHUNK_BYTES = 64 << 20  # logits on the volume's grid that exist at one time
 Progress = Callable[[float], None]
 
 
-class Cancelled(Exception):
-    """The work was stopped on request."""
-
-
 @dataclass(frozen=True)
 class Model:
     """A model version loaded for work: its card and its network on a device."""
@@ -55,7 +51,7 @@ class Model:
         """Labels [layers, k, j, i] of a volume on its own grid; value n is the n-th structure of the card, 0 none.
 
         uint8, or uint16 for more than 255 structures; one layer unless structures may overlap (`card.label_layers`).
-        `progress` gets the fraction done after each batch of tiles and may raise `Cancelled`.
+        `progress` gets the fraction done after each batch of tiles and stops the work by raising.
 
         Raises:
             InputError: the volume is too small for the network.
@@ -207,7 +203,7 @@ def resampled_slabs(
             yield start, planes
         next_out = max(next_out, ready)
         if next_out < shape[0]:
-            keep_from = int(below[next_out]) - first_held
+            keep_from = min(int(below[next_out]) - first_held, held.shape[1])  # the next one may lie in a later slab
             held, first_held = held[:, keep_from:], first_held + keep_from
 
 

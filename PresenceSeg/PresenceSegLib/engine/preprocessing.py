@@ -82,6 +82,8 @@ def normalize(x: Tensor, intensity: dict) -> Tensor:
         return (x.clamp(intensity["low"], intensity["high"]) - intensity["mean"]) / intensity["std"]
     # The least value is what is outside of the patient or the mask, and would pull mean and percentiles with its share.
     inside = x[x > x.min()]
+    if not inside.numel():  # all the same, after resampling or in float32
+        return torch.zeros_like(x)
     sample = inside[:: max(1, inside.numel() // _MAX_SAMPLES)]
     low, high = torch.quantile(sample, torch.tensor(_PERCENTILES, device=x.device)).tolist()
     inside = inside.clamp(low, high)

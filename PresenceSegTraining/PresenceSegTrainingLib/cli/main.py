@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         output.error(str(error))
         return BAD_INPUT
+    except OSError as error:
+        output.error(f"{error.filename or 'A file'} cannot be used ({error.strerror or error}); check it and the disk.")
+        return BAD_INPUT
     except Interrupted as stopped:
         output.error(str(stopped))
         return STOPPED

@@ -42,7 +42,7 @@ def add_train(commands) -> None:
     length = parser.add_argument_group("length")
     default = _DEFAULTS["iterations"]
     length.add_argument("--iterations", type=int, help=f"steps of the training (default: {default}, or as time allows)")
-    _add_setting(length, "minutes", float, "time budget; with --iterations too, what ends first counts")
+    _add_setting(length, "minutes", float, "time budget of the steps; with --iterations too, what ends first counts")
     start = parser.add_argument_group("start and network")
     _add_setting(start, "parent", str, "model version to start from, whose network is then used", flag="--from")
     _add_setting(start, "network", str, "network", choices=["unet", "segresnet", "dynunet"])
@@ -73,6 +73,8 @@ def run_train(arguments: argparse.Namespace, output: Output) -> None:
     from PresenceSegTrainingLib.engine.training import Training
 
     project, device = Project.open(arguments.project), choose_device(arguments.device)
+    if arguments.resume and _settings(arguments) != TrainingSettings():
+        raise InputError("--resume goes on with the settings that the training was begun with; leave the others out.")
     if arguments.resume:
         training = Training.reopen(project)
     else:
@@ -94,12 +96,19 @@ def run_train(arguments: argparse.Namespace, output: Output) -> None:
 
 def train_and_report(training, device, output: Output) -> ModelVersion:
     """Run a training with a progress bar; Ctrl+C stops it with a checkpoint and raises Interrupted."""
+    stopped = Interrupted(f"stopped; go on with: presenceseg train {training.project.folder} --resume")
+
+    def cases_until_interrupted(items, total):
+        for item in output.loop("Cases")(items, total):
+            if interrupted:
+                raise stopped
+            yield item
+
     with _stop_on_interrupt() as interrupted, output.bar("Training", 100, bar_format=_TRAINING_BAR) as bar:
-        version = training.run(
-            device, _report_to(bar, output), should_stop=lambda: bool(interrupted), wrap=output.loop("Cases")
-        )
+        report = _report_to(bar, output)
+        version = training.run(device, report, should_stop=lambda: bool(interrupted), wrap=cases_until_interrupted)
     if version is None:
-        raise Interrupted(f"stopped; go on with: presenceseg train {training.project.folder} --resume")
+        raise stopped
     return version
 
 
@@ -194,9 +203,11 @@ def run_evaluate(arguments: argparse.Namespace, output: Output) -> None:
         between = None if low is None else f"{low:.3f} - {high:.3f}"
         rows.append([name, mean, between, count, f"{wrong} of {absent}" if absent else None])
         data[name] = {"dice": mean, "interval": [low, high], "cases": count, "absent": absent, "false_positive": wrong}
-    output.text(f"Model version {model.card.version} on {len(cases)} cases")
+    trained_on = sum(case.name in model.card.cases for case in cases)
+    also = f", {trained_on} of which have names of cases it was trained on" if trained_on else ""
+    output.text(f"Model version {model.card.version} on {len(cases)} cases{also}")
     output.table(["structure", "Dice", "95 % interval", "cases", "found though absent"], rows)
-    output.result(version=model.card.version, mean_dice=evaluation.overall(), structures=data)
+    output.result(version=model.card.version, mean_dice=evaluation.overall(), structures=data, trained_on=trained_on)
 
 
 def _add_device(parser) -> None:
@@ -225,7 +236,13 @@ def _settings(arguments: argparse.Namespace) -> TrainingSettings:
     # People give sizes as left-right, front-back, up-down; arrays have the opposite order.
     values["spacing"] = tuple(reversed(arguments.voxel or (0.0, 0.0, 0.0)))
     values["patch"] = tuple(reversed(arguments.patch or (0, 0, 0)))
-    return TrainingSettings(**values)
+    settings = TrainingSettings(**values)
+    inherited = ("network", "plane", "spacing", "patch", "intensity")
+    if settings.parent and any(getattr(settings, name) != _DEFAULTS[name] for name in inherited):
+        raise InputError(
+            "--from takes network, plane, voxel size, patch and intensity from its version; leave them out."
+        )
+    return settings
 
 
 def _report_to(bar, output: Output):
@@ -284,6 +301,9 @@ def _targets(volumes: list[Path], out: Path, overwrite: bool) -> dict[Path, Path
         if twice:
             raise InputError(f'Two volumes have the name "{twice[0]}", so their results would too; rename one.')
         targets = {v: out / f"{name}{SEGMENTATION_ENDING}" for v, name in zip(volumes, names, strict=True)}
+    replaced_inputs = {t.resolve() for t in targets.values()} & {v.resolve() for v in volumes}
+    if replaced_inputs:
+        raise InputError(f"{replaced_inputs.pop()} would replace the volume itself; choose another --out.")
     existing = [t for t in targets.values() if t.exists()]
     if existing and not overwrite:
         raise InputError(f"{existing[0]} exists already; add --overwrite to replace it.")

@@ -19,7 +19,6 @@ class Output:
 
     def __init__(self, as_json: bool = False):
         self.as_json = as_json
-        self._last_bar: tqdm | None = None
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a Windows pipe may lack a character of a name
@@ -36,8 +35,6 @@ class Output:
         if self.as_json:
             self._emit("error", {"message": message})
         else:
-            if self._last_bar is not None:
-                self._last_bar.close()  # or the message would stand in the bar's line
             print(f"presenceseg: {message}", file=sys.stderr, flush=True)
 
     def progress(self, **data: Any) -> None:
@@ -46,9 +43,7 @@ class Output:
 
     def bar(self, what: str, total: int | float, **options: Any) -> tqdm:
         """A progress bar on stderr, silent for machines."""
-        bar = tqdm(desc=what, total=total, file=sys.stderr, disable=self.as_json, dynamic_ncols=True, **options)
-        self._last_bar = bar
-        return bar
+        return tqdm(desc=what, total=total, file=sys.stderr, disable=self.as_json, dynamic_ncols=True, **options)
 
     def loop(self, what: str):
         """A function that wraps a loop over (items, total) so that its progress is shown."""

@@ -126,6 +126,8 @@ def run_import(arguments: argparse.Namespace, output: Output) -> None:
         unlabelled=arguments.unlabelled,
     )
     report = import_cases(project, arguments.images, arguments.labels, options, output.loop("Reading"))
+    if report.unused_labels:
+        output.text(f"{len(report.unused_labels)} label files had no image: {', '.join(report.unused_labels[:5])} ...")
     output.text(f"{len(report.added)} cases added, {len(report.extended)} extended, {len(report.skipped)} skipped.")
     for name, count in report.annotated.items():
         empty = report.empty.get(name, 0)
@@ -138,6 +140,7 @@ def run_import(arguments: argparse.Namespace, output: Output) -> None:
         added=report.added,
         extended=report.extended,
         skipped=report.skipped,
+        unused_labels=report.unused_labels,
         annotated=report.annotated,
         confirmed_absent=report.empty,
     )

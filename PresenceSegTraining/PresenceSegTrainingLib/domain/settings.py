@@ -20,13 +20,15 @@ class TrainingSettings:
         iterations: length of the training in steps, 0 for no limit but `minutes`.
         minutes: time budget, 0 for none. Whichever of the two ends first shapes the learning rate.
         batch: patches per step, 0 for what suits the network.
-        learning_rate: peak of the cosine schedule (AdamW).
+        learning_rate, weight_decay: of AdamW; the rate is the peak of a cosine schedule.
+        gradient_clip: largest norm of the gradient.
+        ema_decay: memory of the averaged weights, which validate and become the version.
+        foreground_fraction: part of the patches that are centered on an annotated structure.
         parent: model version whose weights and network the training starts from, "" for none.
         validation_fraction: part of the subjects held out, where the cases do not say it themselves.
-        validate_every: iterations between two validations, 0 for a tenth of the training.
+        validate_every: iterations between two validations, 0 (and with only a time budget) for a tenth of the training.
         seed: of everything random.
         augment: whether patches are varied (affine, intensity, noise).
-        note: free text stored with the version.
     """
 
     presence_mask: str = "merged"
@@ -49,18 +51,18 @@ class TrainingSettings:
     validate_every: int = 0
     seed: int = 0
     augment: bool = True
-    note: str = ""
 
     def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise InputError(f"The setting learning_rate is {self.learning_rate}; it must be above 0.")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:  # so that NaN is refused too
+                raise InputError(f"The setting {name} is {getattr(self, name)}; it must be above 0.")
         if self.iterations == 0 and self.minutes == 0:
             raise InputError("A training needs an end: set its iterations or its minutes above 0.")
         for name in ("iterations", "minutes", "batch", "validate_every", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise InputError(f"The setting {name} is {getattr(self, name)}; it must not be below 0.")
         for name in ("spacing", "patch"):
-            if min(getattr(self, name)) < 0:
+            if not all(n >= 0 for n in getattr(self, name)):
                 raise InputError(f"The setting {name} is {getattr(self, name)}; none of it must be below 0.")
         for name in ("validation_fraction", "foreground_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:

@@ -32,14 +32,25 @@ def split_cases(cases: Sequence[Case], structures: StructureSet, settings: Train
     Returns:
         (training cases, validation cases)
 
+    A subject of which one case is a test case is not trained on at all.
+
     Raises:
-        InputError: no structure is annotated in any case that may be trained on.
+        InputError: no structure is annotated in any case that may be trained on, or the cases of one subject are marked
+            for training and for validation.
     """
     infos = {case.name: case.info for case in cases}
     presence = {case.name: case.presence(structures) for case in cases}
-    usable = [c for c in cases if infos[c.name].split != "test" and presence[c.name].any()]
-    validation = {infos[c.name].subject for c in usable if infos[c.name].split == "validation"}
-    if not validation:
+    marked = {
+        split: {i.subject for i in infos.values() if i.split == split} for split in ("train", "validation", "test")
+    }
+    both = sorted(marked["train"] & marked["validation"])
+    if both:
+        raise InputError(
+            f'Cases of the subject "{both[0]}" are marked for training and for validation; decide for one.'
+        )
+    usable = [c for c in cases if infos[c.name].subject not in marked["test"] and presence[c.name].any()]
+    validation = marked["validation"]
+    if not validation & {infos[c.name].subject for c in usable}:
         validation = _draw_validation(usable, infos, presence, settings)
     train = [c for c in usable if infos[c.name].subject not in validation]
     held_out = [c for c in usable if infos[c.name].subject in validation]
@@ -128,15 +139,19 @@ def _intensity(cases: Sequence[Case], structures: StructureSet, kind: str) -> di
         return {"kind": "mr"}
     samples, lows = [], []
     for n, case in enumerate(cases):
-        array = case.read_volume().array
+        volume = case.read_volume()
+        array = volume.array
         lows.append(float(array.min()))
         if kind == "auto" and n == 0 and lows[0] > _CT_LEVEL:
             return {"kind": "mr"}
-        inside = array[case.read_segmentation().label_layers(structures, [Status.COMPLETED]).max(axis=0) > 0]
+        segmentation = case.read_segmentation().on_grid(volume.grid)
+        inside = array[segmentation.label_layers(structures, [Status.COMPLETED]).max(axis=0) > 0]
         samples.append(np.random.default_rng(n).permutation(inside)[:_SAMPLES_PER_CASE])
     values = np.concatenate(samples).astype(np.float64)
-    if (kind == "auto" and max(lows) > _CT_LEVEL) or values.size == 0:
+    if kind == "auto" and (max(lows) > _CT_LEVEL or values.size == 0):
         return {"kind": "mr"}
+    if values.size == 0:
+        raise InputError("CT intensities are scaled by the annotated voxels, and there are none; annotate some first.")
     low, high = np.percentile(values, (0.5, 99.5))
     clipped = values.clip(low, high)
     return {

@@ -1,5 +1,6 @@
 """Cases made ready for training: preprocessed once, kept in memory, and cached on disk for the next training."""
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +17,12 @@ from PresenceSegLib.domain.case import Case
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import make_folder, replaced
 from PresenceSegLib.domain.model import Preprocessing
-from PresenceSegLib.domain.segmentation import Status
+from PresenceSegLib.domain.segmentation import Status, vanished
 from PresenceSegLib.domain.structure import StructureSet
 from PresenceSegLib.engine.preprocessing import network_input, network_shape, resample_labels, to_canonical
 
 _CACHE_FORMAT = 1  # goes into every key: a change of the preprocessing code must not find old entries
+_KEY_LENGTH = 32
 _MAX_VOXELS_PER_STRUCTURE = 20_000
 
 
@@ -31,7 +33,7 @@ class PreparedCase:
     Attributes:
         image: float32 [S, P, L], normalized.
         labels: uint8 or int32 [L, S, P, L]; Completed structures only, value n is the n-th structure.
-        presence: bool [C].
+        presence: bool [C]; False too for a structure of which nothing is left at the network's voxel size.
         voxels: per annotated structure index (0..C-1) up to 20,000 of its voxels, as flat indices; no entry for a
             structure without voxels.
         spacing: mm [S, P, L].
@@ -66,11 +68,11 @@ def prepare_cases(
 
 
 def _prepare(case: Case, structures: StructureSet, preprocessing: Preprocessing, cache: Path) -> PreparedCase:
-    path = cache / f"{_key(case, structures, preprocessing)}.safetensors"
+    path = cache / f"{case.name}-{_key(case, structures, preprocessing)}.safetensors"
     tensors = _load(path)
     if tensors is None:
         tensors = _compute(case, structures, preprocessing)
-        _store(path, tensors)
+        _store(path, tensors, outdated=cache.glob(f"{glob.escape(case.name)}-{'?' * _KEY_LENGTH}.safetensors"))
     return PreparedCase(
         name=case.name,
         image=tensors["image"],
@@ -88,9 +90,9 @@ def _compute(case: Case, structures: StructureSet, preprocessing: Preprocessing)
     labels = segmentation.label_layers(structures, [Status.COMPLETED])
     order, shape = volume.grid.axis_order(), network_shape(volume.grid, preprocessing)
     layers = torch.stack([resample_labels(to_canonical(layer, order, cpu), shape) for layer in labels])
-    presence = torch.tensor(
-        [(s := segmentation.named(name)) is not None and s.status is Status.COMPLETED for name in structures.names]
-    )
+    presence = torch.from_numpy(case.presence(structures))
+    for _, value in vanished(labels, layers.numpy()):
+        presence[value - 1] = False  # too small for the network's voxels: it must not be learned as absent
     canonical = [volume.grid.shape[axis] for axis in order.permutation]
     spacing = np.array(volume.grid.canonical_spacing()) * canonical / shape
     tensors = {
@@ -112,10 +114,18 @@ def _compute(case: Case, structures: StructureSet, preprocessing: Preprocessing)
 
 def _key(case: Case, structures: StructureSet, preprocessing: Preprocessing) -> str:
     """Changes whenever the case's files, the structures or the preprocessing do."""
-    stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in (case.volume_path, case.segmentation_path)]
+    stamps = [_stamp(path) for path in (case.volume_path, case.segmentation_path)]
     described = asdict(preprocessing) | {"patch": None}  # the patch changes nothing here
     text = json.dumps([_CACHE_FORMAT, str(case.folder.resolve()), stamps, structures.names, described])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); restore it from a copy.") from error
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:
@@ -125,11 +135,14 @@ def _load(path: Path) -> dict[str, Tensor] | None:
         return None  # a damaged cache entry is as good as none: it is computed and written again
 
 
-def _store(path: Path, tensors: dict[str, Tensor]) -> None:
+def _store(path: Path, tensors: dict[str, Tensor], outdated: Iterable[Path]) -> None:
+    """Keep one entry per case: those of its earlier states are of no use any more."""
     try:
         make_folder(path.parent)
+        for old in list(outdated):
+            old.unlink(missing_ok=True)
         with replaced(path) as temporary:
             temporary.write_bytes(save(tensors))
-    except InputError:
+    except (InputError, OSError):
         # The cache only saves time: a full or read-only disk must not stop a training that fits into memory.
         return

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from PresenceSegLib.domain.errors import InputError
 from PresenceSegTrainingLib.engine.preparation import PreparedCase
 from PresenceSegTrainingLib.engine.presence import IGNORE
 
@@ -40,6 +41,8 @@ class PatchSampler:
     patches, anywhere in a case in which something is annotated, confirmed absent included. A pair's chance falls with
     the square root of the number of cases its structure is annotated in, so that a structure annotated in few cases
     still appears often.
+
+    Raises InputError when nothing is annotated in any of the cases.
     """
 
     def __init__(self, cases: Sequence[PreparedCase], size: Sequence[int], foreground_fraction: float, seed: int):
@@ -48,6 +51,8 @@ class PatchSampler:
         self._foreground_fraction = foreground_fraction
         self._seed = seed
         self._teaching = [n for n, case in enumerate(cases) if case.presence.any()]
+        if not self._teaching:
+            raise InputError("Nothing annotated is left at the voxel size of the network; use smaller voxels.")
         self._pairs = [(n, c) for n in self._teaching for c in cases[n].voxels]
         counts = np.bincount([c for _, c in self._pairs], minlength=1)
         weights = np.array([1 / np.sqrt(counts[c]) for _, c in self._pairs])

@@ -3,8 +3,9 @@
     training/<version>/run.json         settings, cases, network: everything that was decided at the start
     training/<version>/checkpoint.pt    state of the optimization; always whole
 
-When the training ends, the version is written into models/ and the folder above is removed. A training that was stopped
-and resumed gives the same weights as one that ran through: every random draw depends on seed and iteration only.
+When the training ends, the version is written into models/ and the folder above is removed. A training of so many
+iterations that was stopped and resumed on the same machine's CPU gives the same weights as one that ran through: every
+random draw depends on seed and iteration only. (With a time budget the learning rate follows the clock.)
 """
 
 import copy
@@ -119,16 +120,24 @@ class Training:
 
     @staticmethod
     def reopen(project: Project, version: str = "") -> "Training":
-        """A training that has not ended: that of `version`, or the latest. Raises InputError when there is none."""
+        """A training that has not ended: that of `version`, or the latest.
+
+        Raises InputError when there is none, or its description is damaged.
+        """
         folders = [f for f in project.unfinished_trainings() if (f / "run.json").is_file()]
         found = [f for f in folders if f.name == version] if version else folders[-1:]
         if not found:
             raise InputError(f"The project {project.folder} has no unfinished training to resume.")
         path = found[0] / "run.json"
         data = read_json(path, "training")
-        card = ModelCard.from_json(data["card"], path)
-        settings = TrainingSettings.from_json(card.settings)
-        return Training(project, found[0], settings, card, tuple(data["train"]), tuple(data["validation"]))
+        try:
+            card = ModelCard.from_json(data["card"], path)
+            names = tuple(tuple(data[part]) for part in ("train", "validation"))
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"The training {path} is damaged ({error!r}); delete its folder and train anew."
+            ) from error
+        return Training(project, found[0], TrainingSettings.from_json(card.settings), card, *names)
 
     def run(
         self,
@@ -152,18 +161,16 @@ class Training:
         if missing:
             raise InputError(f'The case "{missing[0]}" of this training is gone; start a new training.')
         structures, preprocessing = self.card.structures, self.card.preprocessing
-        names = (*self.train_names, *self.validation_names)
+        chosen = [cases[name] for name in (*self.train_names, *self.validation_names)]
         try:
-            prepared = prepare_cases(
-                [cases[n] for n in names], structures, preprocessing, self.project.cache_folder, wrap
-            )
+            prepared = prepare_cases(chosen, structures, preprocessing, self.project.cache_folder, wrap)
+            training = replace(self, card=replace(self.card, label_layers=_label_layers(self.card, prepared)))
+            state = training._load_state(device)
         except InputError:
             if not (self.folder / "checkpoint.pt").exists():  # nothing to resume: leave the project as it was
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
         train, validation = prepared[: len(self.train_names)], prepared[len(self.train_names) :]
-        training = replace(self, card=replace(self.card, label_layers=_label_layers(self.card, prepared)))
-        state = training._load_state(device)
         if not training._optimize(state, train, validation, device, on_progress, should_stop):
             return None
         scored = [cases[n] for n in self.validation_names or self.train_names[:_MAX_SCORED_TRAINING_CASES]]
@@ -337,6 +344,11 @@ def _step(state: _State, batch: Batch, loss_of, learning_rate: float, clip: floa
     with autocast(batch.images.device):
         logits = state.network(batch.images)
     loss = loss_of(logits, batch.labels, batch.presence)
+    if not torch.isfinite(loss):
+        raise InputError(
+            f"The training diverged at step {state.iteration + 1} (the loss is {float(loss)}); use a smaller learning "
+            "rate."
+        )
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
