@@ -21,9 +21,9 @@ def test_a_named_device_is_taken_and_auto_takes_one_that_computes():
 
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"),
-    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "cpu"), (False, False, "cpu")],
 )
-def test_auto_prefers_cuda_then_mps_then_the_processor(monkeypatch, cuda, mps, expected):
+def test_auto_prefers_cuda_and_never_takes_mps_unasked(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert choose_device("auto").type == expected
@@ -56,9 +56,9 @@ def test_processors_of_unknown_capabilities_use_float32(monkeypatch):
     assert half_precision(CPU) is None
 
 
-@pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_graphics_cards_use_the_half_precision_they_have(monkeypatch, bf16, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), torch.bfloat16), ((7, 5), torch.float16)])
+def test_graphics_cards_use_the_half_precision_that_is_not_emulated(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert half_precision(torch.device("cuda")) is expected
 
 

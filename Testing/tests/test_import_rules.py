@@ -75,8 +75,11 @@ def test_source_keeps_to_its_room(path, library, room):
 
 
 def test_every_library_folder_is_a_known_room():
-    folders = {p.parent.relative_to(ROOT / m / lib).parts[:1] for lib, m in LIBRARIES.items() for p in
-               (ROOT / m / lib).rglob("*.py")}
+    folders = {
+        p.parent.relative_to(ROOT / m / lib).parts[:1]
+        for lib, m in LIBRARIES.items()
+        for p in (ROOT / m / lib).rglob("*.py")
+    }
     assert folders - {()} <= {(room,) for room in ROOMS}
 
 

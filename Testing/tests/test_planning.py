@@ -27,7 +27,7 @@ GPU = type("Gpu", (), {"type": "cuda"})()
 
 
 def test_settings_come_back_as_they_were_stored_and_unknown_ones_are_left_out():
-    given_settings = TrainingSettings(presence_mask="plus", spacing=(1.5, 0.0, 2.0), patch=(8, 16, 24), note="ä")
+    given_settings = TrainingSettings(presence_mask="plus", spacing=(1.5, 0.0, 2.0), patch=(8, 16, 24), parent="ä")
     stored = given_settings.to_json() | {"spacing": [1.5, 0.0, 2.0], "patch": [8, 16, 24], "from the future": 3}
     assert TrainingSettings.from_json(stored) == given_settings
     assert TrainingSettings.from_json({}) == TrainingSettings()
@@ -102,8 +102,15 @@ def case_lists(draw):
 @given(cases=case_lists(), seed=st.integers(0, 50), fraction=st.sampled_from([0.0, 0.2, 0.5]))
 def test_the_split_never_shares_a_subject_and_never_uses_test_cases_or_cases_that_teach_nothing(cases, seed, fraction):
     choice = TrainingSettings(seed=seed, validation_fraction=fraction)
-    usable = [c for c in cases if c.info.split != "test" and any(c.present)]
-    marked = {c.info.subject for c in usable if c.info.split == "validation"}
+    subjects_of = {
+        split: {c.info.subject for c in cases if c.info.split == split} for split in ("train", "validation", "test")
+    }
+    if subjects_of["train"] & subjects_of["validation"]:
+        with pytest.raises(InputError, match="marked for training and for validation"):
+            split_cases(cases, ABC, choice)
+        return
+    usable = [c for c in cases if c.info.subject not in subjects_of["test"] and any(c.present)]
+    marked = {c.info.subject for c in usable} & subjects_of["validation"]
     if all(c.info.subject in marked for c in usable):
         with pytest.raises(InputError, match="No case has an annotated structure"):
             split_cases(cases, ABC, choice)
@@ -122,7 +129,7 @@ def test_the_split_never_shares_a_subject_and_never_uses_test_cases_or_cases_tha
             assert any(c.present[n] for c in train), "a structure lost its last training case"
     if fraction == 0:
         assert not validation
-    free = {c.info.subject for c in usable} - {c.info.subject for c in usable if c.info.split}
+    free = {c.info.subject for c in usable} - {c.info.subject for c in cases if c.info.split}
     assert len(subjects) <= (max(1, round(fraction * len(free))) if len(free) >= 4 else 0)
 
 
@@ -140,6 +147,19 @@ def test_from_four_subjects_on_one_validates_and_from_three_none():
     for count, expected in ((3, 0), (4, 1)):
         cases = [listed(n, (1, 0, 1)) for n in range(count)]
         assert len(split_cases(cases, ABC, TrainingSettings())[1]) == expected
+
+
+def test_another_scan_of_a_test_subject_does_not_train():
+    cases = [listed(0, (1, 1, 1), "A", "test"), listed(1, (1, 1, 1), "A"), listed(2, (1, 1, 1), "B")]
+    train, validation = split_cases(cases, ABC, TrainingSettings())
+    assert [c.info.subject for c in train + validation] == ["B"]
+
+
+def test_the_drawn_subjects_score_as_many_structures_as_they_can():
+    presence = [(1, 0, 0)] * 5 + [(0, 1, 0)] * 5 + [(0, 0, 1)] * 5
+    for seed in range(5):
+        _, validation = split_cases([listed(n, p) for n, p in enumerate(presence)], ABC, TrainingSettings(seed=seed))
+        assert np.any([c.present for c in validation], axis=0).all()
 
 
 def test_nothing_annotated_is_refused_with_what_to_do():

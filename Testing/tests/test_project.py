@@ -178,7 +178,10 @@ def test_a_case_gives_back_volume_segmentation_and_info(project):
     assert case.read_grid().same_as(GRID) and case.read_segmentation().grid.same_as(GRID)
     assert replace(case.info, created="") == INFO
     assert abs((datetime.now(timezone.utc) - datetime.fromisoformat(case.info.created)).total_seconds()) < 60
-    assert case.statuses() == {"liver": Status.COMPLETED, "vessel": Status.FLAGGED}
+    assert [(s.name, s.status) for s in case.read_segmentation().segments] == [
+        ("liver", Status.COMPLETED),
+        ("vessel", Status.FLAGGED),
+    ]
 
 
 def test_saving_a_case_keeps_segments_that_the_project_does_not_know(project):
@@ -244,7 +247,14 @@ def test_a_case_file_may_lack_keys_or_hold_unknown_ones_but_no_unknown_split(pro
 def test_a_case_without_one_of_its_files_is_refused_when_that_file_is_read(project, lost):
     case = project.case("case 1")
     (case.folder / lost).unlink()
-    reads = (case.read_volume, case.read_grid) if lost == "volume.nrrd" else (case.read_segmentation, case.statuses)
+    reads = (
+        (case.read_volume, case.read_grid)
+        if lost == "volume.nrrd"
+        else (
+            case.read_segmentation,
+            lambda: case.presence(project.structures),
+        )
+    )
     for read in reads:
         with pytest.raises(InputError, match=lost):
             read()

@@ -86,8 +86,7 @@ def test_every_segment_keeps_the_mask_it_was_last_given(puts):
     expected = {}
     for name, mask, status in puts:
         segmentation.put(STRUCTURES.named(name), mask, status)
-        expected.pop(name, None)
-        expected[name] = (mask, status)
+        expected[name] = (mask, status)  # a segment keeps its place among the others
     assert [s.name for s in segmentation.segments] == list(expected)
     for name, (mask, status) in expected.items():
         segment = segmentation.named(name)
@@ -192,11 +191,32 @@ def test_two_segments_of_one_name_are_refused_when_asked_for_by_name():
     assert segmentation.named("nobody") is None
 
 
+def test_two_segments_of_one_structure_are_refused_in_labels():
+    segmentation = some_segmentation()
+    segmentation.segments[1].name = "liver"
+    with pytest.raises(InputError, match='2 segments are named "liver"'):
+        segmentation.label_layers(STRUCTURES, Status)
+
+
+def test_labels_that_do_not_fit_16_bits_are_refused(tmp_path):
+    for value in (-1, 70000):
+        data = gzip.compress(np.full((3, 4, 5), value, ">i4").tobytes())
+        path = file_with(tmp_path / "a.seg.nrrd", [*GEOMETRY, "Segmentation_MasterRepresentation:=x"], data, kind="int")
+        with pytest.raises(InputError, match="below 0 or above 65535"):
+            read_segmentation(path)
+
+
 @given(st.tuples(*[st.integers(-4, 6)] * 3), st.tuples(*[st.integers(2, 8)] * 3))
 def test_on_another_grid_each_voxel_stays_at_its_place(start, size):
     segmentation = some_segmentation()
     origin = tuple((GRID.ijk_to_lps @ [*start, 1])[:3])
-    moved = segmentation.on_grid(Grid(size, GRID.spacing, origin, GRID.direction))
+    target = Grid(size, GRID.spacing, origin, GRID.direction)
+    shown = [np.argwhere(segmentation.mask(s))[:, ::-1] - start for s in segmentation.segments]
+    if any(len(v) and not ((v >= 0) & (v < size)).all(axis=1).any() for v in shown):
+        with pytest.raises(InputError, match="Nothing of the segment"):
+            segmentation.on_grid(target)
+        return
+    moved = segmentation.on_grid(target)
     assert moved.layers.shape[1:] == size[::-1]
     for before, after in zip(segmentation.segments, moved.segments, strict=True):
         mask = segmentation.mask(before)
@@ -211,7 +231,7 @@ def test_on_another_grid_nothing_is_kept_that_describes_the_old_one():
     segmentation = some_segmentation()
     segmentation.fields |= {"Segmentation_ReferenceImageExtentOffset": "1 2 3", "Other": "kept"}
     segmentation.segments[0].fields["Extent"] = "0 4 0 3 0 2"
-    moved = segmentation.on_grid(Grid((4, 4, 3), GRID.spacing, GRID.origin, GRID.direction))
+    moved = segmentation.on_grid(Grid((6, 4, 3), GRID.spacing, GRID.origin, GRID.direction))
     assert moved.fields == {"content": "made by hand", "Other": "kept"}
     assert all("Extent" not in s.fields for s in moved.segments)
     assert moved.segments[2].fields == {"Other": "kept"}
@@ -252,7 +272,7 @@ def test_a_saved_segmentation_is_read_as_it_was(tmp_path):
         assert again.fields.pop(f"Segmentation_{key}") == value
     assert again.fields.pop("Segmentation_ReferenceImageExtentOffset") == "0 0 0"
     assert_same(again, segmentation)
-    assert read_statuses(tmp_path / "a.seg.nrrd") == {
+    assert dict(read_statuses(tmp_path / "a.seg.nrrd")) == {
         "liver": Status.COMPLETED,
         "Größe": Status.FLAGGED,
         "somebody's vessel": Status.IN_PROGRESS,
@@ -404,7 +424,7 @@ def test_a_segmentation_that_is_cut_short_is_refused_or_complete(tmp_path_factor
         with pytest.raises(InputError):
             read_statuses(path)
     else:
-        assert read_statuses(path)["liver"] is Status.COMPLETED
+        assert dict(read_statuses(path))["liver"] is Status.COMPLETED
 
 
 @settings(deadline=None, max_examples=300)
@@ -439,7 +459,7 @@ def test_real_segmentations_survive_a_load_and_save(shared_folder, tmp_path, nam
     assert all(segmentation.mask(s).any() for s in segmentation.segments)
     write_segmentation(tmp_path / "a.seg.nrrd", segmentation)
     assert_same(read_segmentation(tmp_path / "a.seg.nrrd"), segmentation)
-    assert read_statuses(source) == {s.name: s.status for s in segmentation.segments}
+    assert dict(read_statuses(source)) == {s.name: s.status for s in segmentation.segments}
 
     def texts(path):
         image = sitk.ReadImage(str(path))

@@ -295,7 +295,7 @@ def test_what_slicer_wrote_is_the_same_in_slicer_after_our_load_and_save(make, l
     assert segmentation.grid.size == (8, 8, 7)
     assert [s.name for s in segmentation.segments] == ["first", "over it", "Größe", "nothing here"]
     assert segmentation.segments[0].tags == TAGS
-    assert read_statuses(tmp_path / "slicer.seg.nrrd")["over it"] is Status.COMPLETED
+    assert dict(read_statuses(tmp_path / "slicer.seg.nrrd"))["over it"] is Status.COMPLETED
     whole = segmentation.on_grid(grid)
     for entry, segment in zip(everything(node, grid), whole.segments, strict=True):
         assert entry["id"] == segment.id

@@ -22,7 +22,6 @@ from PresenceSegLib.domain.structure import StructureSet
 from PresenceSegLib.engine.preprocessing import network_input, network_shape, resample_labels, to_canonical
 
 _CACHE_FORMAT = 1  # goes into every key: a change of the preprocessing code must not find old entries
-_KEY_LENGTH = 32
 _MAX_VOXELS_PER_STRUCTURE = 20_000
 
 
@@ -68,11 +67,12 @@ def prepare_cases(
 
 
 def _prepare(case: Case, structures: StructureSet, preprocessing: Preprocessing, cache: Path) -> PreparedCase:
-    path = cache / f"{case.name}-{_key(case, structures, preprocessing)}.safetensors"
+    wanted, state = _digest(structures.names, asdict(preprocessing) | {"patch": None}), _digest(*_stamps(case))
+    path = cache / f"{case.name}-{wanted}-{state}.safetensors"  # whatever the patch: it changes nothing here
     tensors = _load(path)
     if tensors is None:
         tensors = _compute(case, structures, preprocessing)
-        _store(path, tensors, outdated=cache.glob(f"{glob.escape(case.name)}-{'?' * _KEY_LENGTH}.safetensors"))
+        _store(path, tensors, outdated=cache.glob(f"{glob.escape(case.name)}-{wanted}-*.safetensors"))
     return PreparedCase(
         name=case.name,
         image=tensors["image"],
@@ -112,12 +112,13 @@ def _compute(case: Case, structures: StructureSet, preprocessing: Preprocessing)
     return tensors
 
 
-def _key(case: Case, structures: StructureSet, preprocessing: Preprocessing) -> str:
-    """Changes whenever the case's files, the structures or the preprocessing do."""
-    stamps = [_stamp(path) for path in (case.volume_path, case.segmentation_path)]
-    described = asdict(preprocessing) | {"patch": None}  # the patch changes nothing here
-    text = json.dumps([_CACHE_FORMAT, str(case.folder.resolve()), stamps, structures.names, described])
-    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
+def _digest(*content) -> str:
+    return hashlib.sha256(json.dumps([_CACHE_FORMAT, *content]).encode()).hexdigest()[:16]
+
+
+def _stamps(case: Case) -> list:
+    """Changes whenever the case's files do."""
+    return [str(case.folder.resolve()), *(_stamp(path) for path in (case.volume_path, case.segmentation_path))]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -136,7 +137,7 @@ def _load(path: Path) -> dict[str, Tensor] | None:
 
 
 def _store(path: Path, tensors: dict[str, Tensor], outdated: Iterable[Path]) -> None:
-    """Keep one entry per case: those of its earlier states are of no use any more."""
+    """Store an entry in place of those of the case's earlier states."""
     try:
         make_folder(path.parent)
         for old in list(outdated):
