@@ -351,6 +351,18 @@ def test_only_segments_given_as_annotated_are_completed_the_others_are_predictio
     }
 
 
+def test_a_structure_without_terminology_takes_that_of_the_segment(project, folders):
+    images, labels = folders
+    write_image(images / "a.nrrd", intensities())
+    entry = "list~SCT^123037004^Anatomical Structure~SCT^10200004^Liver~^^~regions~^^~^^"
+    source = Segmentation.empty(GRID)
+    source.put(Structure("liver", (1, 0, 0), entry), np.ones(GRID.shape, bool), Status.COMPLETED)
+    write_segmentation(labels / "a.seg.nrrd", source)
+    run_import(project, images, labels)
+    liver = project.cases()[0].read_segmentation().named("liver")
+    assert (liver.terminology, liver.color) == (entry, project.structures.named("liver").color)
+
+
 def test_a_segment_that_is_left_out_does_not_come_in(project, folders):
     labels = random_labels(values=2)
     write_image(folders[0] / "a.nrrd", intensities())
@@ -895,6 +907,11 @@ def test_every_form_of_a_mapping_says_the_same(tmp_path):
     for name in ("map.json", "bare.csv", "headed.csv"):
         assert parse_mapping([str(tmp_path / name)]) == expected
     assert parse_mapping([str(tmp_path / "map.json"), "9=spleen"]) == expected | {"9": "spleen"}
+
+
+def test_a_table_of_segment_names_needs_no_header(tmp_path):
+    (tmp_path / "map.csv").write_text("Liver,liver\nSpleen,spleen\n")
+    assert parse_mapping([str(tmp_path / "map.csv")]) == {"Liver": "liver", "Spleen": "spleen"}
 
 
 def test_a_json_table_that_names_a_label_twice_is_refused(tmp_path):

@@ -284,3 +284,16 @@ def test_large_structures_are_remembered_by_a_sample_of_their_voxels(project, mo
     for c in (0, 1):
         assert len(prepared.voxels[c].unique()) == 50
         assert (prepared.labels[0].flatten()[prepared.voxels[c]] == c + 1).all()
+
+
+def test_a_structure_too_small_for_the_networks_voxels_is_not_taught_as_absent(project):
+    coarse = Preprocessing((8.0, 8.0, 8.0), {"kind": "mr"}, (8, 8, 8))
+    array, masks = scene(3, 1)
+    masks[1] = False
+    masks[1, 0, 0, 0] = True
+    segmentation = Segmentation.empty(grid())
+    for structure, mask in zip(project.structures, masks, strict=True):
+        segmentation.put(structure, mask, Status.COMPLETED)
+    project.add_case("c", Volume(array, grid()), segmentation, CaseInfo("made up", "c"))
+    assert prepare(project)[0].presence.tolist() == [True, True, True]
+    assert prepare(project, coarse)[0].presence.tolist() == [True, False, True]

@@ -516,3 +516,10 @@ def test_a_damaged_description_of_a_training_is_refused(project):
         path.write_text(text)
         with pytest.raises(InputError, match=r"run\.json"):
             Training.reopen(project)
+
+
+def test_a_training_that_diverges_says_so_and_makes_no_version(project):
+    settings = replace(SHORT, learning_rate=1e30, gradient_clip=1e30, iterations=30)
+    with pytest.raises(InputError, match="diverged at step .* smaller learning rate"):
+        train(project, settings)
+    assert project.models() == []

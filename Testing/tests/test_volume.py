@@ -53,8 +53,11 @@ def patch(path, *changes):
     return path
 
 
-def write_dicom(folder, positions, rgb=False, series="1.2.3.4", first=0):
-    """A DICOM series of 6x5 slices at these z positions; each slice's voxels hold its number."""
+def write_dicom(folder, positions, rgb=False, series="1.2.3.4", first=0, shear=0.0):
+    """A DICOM series of 6x5 slices at these z positions, shifted along y by `shear` per mm of z (gantry tilt).
+
+    Each slice's voxels hold its number.
+    """
     folder.mkdir(exist_ok=True)
     for number, z in enumerate(positions, start=first):
         shape = (1, 5, 6, 3) if rgb else (1, 5, 6)
@@ -66,7 +69,7 @@ def write_dicom(folder, positions, rgb=False, series="1.2.3.4", first=0):
             "0020|000d": "1.2.3",
             "0020|000e": series,
             "0020|0013": str(number),
-            "0020|0032": f"0\\0\\{z}",
+            "0020|0032": f"0\\{shear * z}\\{z}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
         }
         for tag, value in tags.items():
@@ -324,6 +327,16 @@ def test_two_series_in_one_folder_are_told_apart(tmp_path):
 @pytest.mark.parametrize("positions", [[0, 2, 4, 8], [0, 2, 2, 4], [0, 1, 2.5]])
 def test_a_series_with_a_gap_or_a_double_slice_is_refused(tmp_path, positions):
     assert "unevenly spaced" in refusal(write_dicom(tmp_path / "series", positions))
+
+
+def test_a_dicom_series_with_a_tilted_gantry_is_refused(tmp_path):
+    assert "sheared slices" in refusal(write_dicom(tmp_path / "series", [0, 3, 6, 9], shear=0.3))
+
+
+def test_a_segmentation_is_no_volume(tmp_path):
+    path = tmp_path / "a.seg.nrrd"
+    sitk.WriteImage(sitk.GetImageFromArray(np.arange(8, dtype=np.uint8).reshape(2, 2, 2)), str(path))
+    assert "is a segmentation" in refusal(path)
 
 
 def test_dicom_of_colors_one_slice_or_one_value_is_refused(tmp_path):
