@@ -15,6 +15,7 @@ import numpy as np
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import read_json, write_json
 from PresenceSegLib.domain.geometry import Grid
+from PresenceSegLib.domain.names import repeated
 from PresenceSegLib.domain.segmentation import (
     Segmentation,
     Status,
@@ -23,7 +24,7 @@ from PresenceSegLib.domain.segmentation import (
     write_segmentation,
 )
 from PresenceSegLib.domain.structure import StructureSet
-from PresenceSegLib.domain.volume import Volume, read_grid, read_volume, repeated, write_volume
+from PresenceSegLib.domain.volume import Volume, read_grid, read_volume, write_volume
 
 SPLITS = ("", "train", "validation", "test")
 

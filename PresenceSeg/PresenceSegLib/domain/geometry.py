@@ -6,9 +6,12 @@ them; arrays are indexed [k, j, i].
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+
+from PresenceSegLib.domain.errors import InputError
 
 # Two grids are the same when no voxel center is further off than this part of the smallest voxel side. NIfTI stores
 # rotations as float32 quaternions, which alone moves the far corner of a large volume by some thousandths of a voxel.
@@ -128,3 +131,12 @@ class Grid:
         origin = ", ".join(f"{o:.5g}" for o in self.origin)
         axes = ", ".join(f"{d:.3g}" for d in self.direction)
         return f"{size} voxels of {spacing} mm, origin ({origin}), axes ({axes})"
+
+
+def check_perpendicular(direction: np.ndarray, path: Path) -> None:
+    """Raise InputError for a file with sheared axes, given as unit vectors in the columns of a 3x3 matrix."""
+    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-3:
+        raise InputError(
+            f"{path} has sheared axes (gantry tilt); resample it to a grid with perpendicular axes, for example by "
+            "loading and hardening it in Slicer."
+        )

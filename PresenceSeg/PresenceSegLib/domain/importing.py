@@ -17,7 +17,8 @@ import numpy as np
 from PresenceSegLib.domain.case import Case, CaseInfo
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import make_folder, move, staging_folder
-from PresenceSegLib.domain.project import Project, check_case_name
+from PresenceSegLib.domain.names import check_case_name, repeated
+from PresenceSegLib.domain.project import Project
 from PresenceSegLib.domain.segmentation import Segment, Segmentation, Status, read_segmentation, vanished
 from PresenceSegLib.domain.structure import Structure
 from PresenceSegLib.domain.volume import (
@@ -29,7 +30,6 @@ from PresenceSegLib.domain.volume import (
     read_dicom_series,
     read_label_map,
     read_volume,
-    repeated,
 )
 
 UNLABELLED = ("refuse", "skip", "keep")

@@ -17,6 +17,7 @@ from PresenceSegLib.domain.case import Case, CaseInfo, State
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import check_format, make_folder, move, read_json, staging_folder, write_json
 from PresenceSegLib.domain.model import ModelVersion
+from PresenceSegLib.domain.names import check_case_name
 from PresenceSegLib.domain.segmentation import Segmentation
 from PresenceSegLib.domain.structure import StructureSet
 from PresenceSegLib.domain.volume import Volume
@@ -154,16 +155,6 @@ class Project:
         taken = [f.name for f in _subfolders(self.folder / "models") + self.unfinished_trainings()]
         numbers = [int(m.group(1)) for m in (re.fullmatch(r"v(\d+)", name) for name in taken) if m]
         return f"v{max(numbers, default=0) + 1}"
-
-
-def check_case_name(name: str) -> None:
-    """Raises InputError when the name cannot be a folder on every system."""
-    reserved = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)  # by Windows
-    if reserved or not re.fullmatch(r"[\w][\w .,()+-]*", name) or name != name.strip() or name.endswith("."):
-        raise InputError(
-            f'"{name}" cannot be a case name: use letters, digits, blanks and _ - . , ( ) + only, and no name that '
-            "Windows reserves."
-        )
 
 
 def _subfolders(folder: Path) -> list[Path]:

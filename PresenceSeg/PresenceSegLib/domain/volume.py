@@ -1,10 +1,6 @@
 """Volumes: reading them from any image file or DICOM folder, refusing what is no 3-D scalar volume, writing NRRD."""
 
-import gzip
-import math
 import re
-import zlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +9,14 @@ import SimpleITK as sitk
 
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import cannot_write, replaced
-from PresenceSegLib.domain.geometry import Grid
+from PresenceSegLib.domain.geometry import Grid, check_perpendicular
+from PresenceSegLib.domain.nifti import check_nifti_axes, check_nifti_voxels, has_scaling, not_finite
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 SEGMENTATION_ENDING = ".seg.nrrd"
 
 # Slices of one series may lie off an even grid by this part of the smallest voxel side.
 _SLICE_GAP_TOLERANCE = 0.05
-
-_NIFTI_HEADER_SIZE = (348).to_bytes(4, "little")  # the first number of a NIfTI-1 or Analyze file; tells its byte order
-_NIFTI_FLOATS = {"16": "f4", "64": "f8"}  # number type by the header's datatype code
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ def read_label_map(path: str | Path) -> Volume:
     """
     path = Path(path)
     image = _read_file(path)
-    if _has_scaling(image):
+    if has_scaling(image):
         raise InputError(
             f"{path} is no label map: it stores its numbers with a slope and an intercept, so what counts as the label "
             "is unclear; save it again as plain integers."
@@ -149,7 +143,7 @@ def _read_file(path: Path) -> sitk.Image:
     try:
         reader.ReadImageInformation()
         _check_kind(reader, path)
-        _check_nifti_voxels(reader, path)
+        check_nifti_voxels(reader, path)
         return reader.Execute()
     except RuntimeError as error:
         raise InputError(
@@ -199,7 +193,7 @@ def _check_kind(reader: sitk.ImageFileReader, path: Path) -> None:
         )
     if len(size) < 3 or min(size[:3]) < 2:
         raise InputError(f"{path} is one slice ({'×'.join(map(str, size))} voxels), not a volume.")
-    _check_nifti_axes(reader, path)
+    check_nifti_axes(reader, path)
 
 
 def _check_scalar(components: int, path: Path) -> None:
@@ -209,81 +203,12 @@ def _check_scalar(components: int, path: Path) -> None:
         )
 
 
-def _check_nifti_voxels(reader: sitk.ImageFileReader, path: Path) -> None:
-    """Refuse what ITK replaces by zeros without a word: missing voxels of a NIfTI or Analyze file, NaN and infinity."""
-    if not reader.HasMetaDataKey("vox_offset"):
-        return
-    dimensions = int(reader.GetMetaData("dim[0]"))
-    voxels = math.prod(int(reader.GetMetaData(f"dim[{n}]")) for n in range(1, dimensions + 1))
-    start = int(float(reader.GetMetaData("vox_offset")))
-    needed = start + voxels * int(reader.GetMetaData("bitpix")) // 8
-    try:
-        with open(path, "rb") if path.suffix.lower() != ".gz" else gzip.open(path) as file:
-            order = "<" if file.read(4) == _NIFTI_HEADER_SIZE else ">"
-        kind = _NIFTI_FLOATS.get(reader.GetMetaData("datatype"))
-        length, bad = _scan(_voxel_file(path), start, needed, np.dtype(order + kind) if kind else None)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read as an image ({error}); it is damaged or cut short.") from error
-    if length < needed:
-        raise InputError(f"{path} is cut short: {length} of {needed} bytes are there; restore it from a copy.")
-    if bad:
-        raise _not_finite(path, bad)
-
-
-def _voxel_file(path: Path) -> Path:
-    """The file with the voxels: the second one of a pair `.hdr` and `.img`, else the file itself."""
-    if path.suffix.lower() != ".hdr":
-        return path
-    candidates = (path.with_suffix(ending) for ending in (".img", ".IMG", ".img.gz"))
-    return next((c for c in candidates if c.exists()), path.with_suffix(".img"))
-
-
-def _scan(path: Path, start: int, stop: int, floats: np.dtype | None) -> tuple[int, int]:
-    """Bytes in a file that may be compressed, and numbers between two bytes that are NaN or infinite.
-
-    A compressed file is read through, which checks its checksum too.
-    """
-    with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    if not compressed and floats is None:
-        return path.stat().st_size, 0
-    bad = 0
-    with gzip.open(path) if compressed else open(path, "rb") as file:
-        length = len(file.read(start))
-        while block := file.read(1 << 20):
-            if floats is not None:
-                count = max(0, min(len(block), stop - length)) // floats.itemsize
-                bad += count - int(np.isfinite(np.frombuffer(block, floats, count)).sum())
-            length += len(block)
-    return length, bad
-
-
-def _check_nifti_axes(reader: sitk.ImageFileReader, path: Path) -> None:
-    """Refuse NIfTI files whose chosen orientation (sform) is sheared: ITK silently falls back to another one."""
-    if not reader.HasMetaDataKey("sform_code") or int(float(reader.GetMetaData("sform_code"))) <= 0:
-        return
-    rows = [[float(v) for v in reader.GetMetaData(f"srow_{axis}").split()] for axis in "xyz"]
-    axes = np.array(rows)[:, :3]
-    lengths = np.linalg.norm(axes, axis=0)
-    if lengths.all():
-        _check_perpendicular(axes / lengths, path)
-
-
-def _check_perpendicular(direction: np.ndarray, path: Path) -> None:
-    """Refuse sheared axes, given as unit vectors in the columns of a 3x3 matrix."""
-    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-3:
-        raise InputError(
-            f"{path} has sheared axes (gantry tilt); resample it to a grid with perpendicular axes, for example by "
-            "loading and hardening it in Slicer."
-        )
-
-
 def _to_volume(image: sitk.Image, path: Path) -> Volume:
     if image.GetDimension() > 3:
         image = image[(slice(None), slice(None), slice(None)) + (0,) * (image.GetDimension() - 3)]
     if min(image.GetSize()) < 2:
         raise InputError(f"{path} is one slice ({'×'.join(map(str, image.GetSize()))} voxels), not a volume.")
-    _check_perpendicular(np.array(image.GetDirection()).reshape(3, 3), path)
+    check_perpendicular(np.array(image.GetDirection()).reshape(3, 3), path)
     array = sitk.GetArrayFromImage(image)
     if array.dtype == np.float64:
         array = array.astype(np.float32)
@@ -294,20 +219,9 @@ def _check_intensities(array: np.ndarray, path: Path) -> None:
     if array.dtype.kind == "f":
         bad = array.size - int(np.isfinite(array).sum())
         if bad:
-            raise _not_finite(path, bad)
+            raise not_finite(path, bad)
     if array.min() == array.max():
         raise InputError(f"{path} has the value {array.flat[0]} everywhere; there is nothing to segment in it.")
-
-
-def _not_finite(path: Path, count: int) -> InputError:
-    return InputError(f"{path} holds {count} voxels that are NaN or infinite; replace them by numbers.")
-
-
-def _has_scaling(image: sitk.Image) -> bool:
-    if not image.HasMetaDataKey("scl_slope"):
-        return False
-    slope, intercept = float(image.GetMetaData("scl_slope")), float(image.GetMetaData("scl_inter"))
-    return slope not in (0.0, 1.0) or intercept != 0.0  # ITK adds the intercept even where the slope is 0, "unused"
 
 
 def _check_written(temporary: Path, image: sitk.Image, path: Path) -> None:
@@ -325,8 +239,3 @@ def _itk_reason(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[-1] if lines else "unknown error"
     return re.sub(r"^(sitk::)?(ITK )?ERROR:\s*|\(0x[0-9a-f]+\):?\s*", "", reason)[:200]
-
-
-def repeated(names: list[str]) -> list[str]:
-    """Names that occur more than once, sorted."""
-    return sorted(name for name, count in Counter(names).items() if count > 1)

@@ -10,9 +10,10 @@ from pathlib import Path
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import make_folder
 from PresenceSegLib.domain.model import PLANES, ModelVersion
+from PresenceSegLib.domain.names import repeated
 from PresenceSegLib.domain.project import Project
 from PresenceSegLib.domain.segmentation import write_segmentation
-from PresenceSegLib.domain.volume import SEGMENTATION_ENDING, image_stem, is_image_file, read_volume, repeated
+from PresenceSegLib.domain.volume import SEGMENTATION_ENDING, image_stem, is_image_file, read_volume
 from PresenceSegTrainingLib.cli.output import Output
 from PresenceSegTrainingLib.cli.projects import open_model
 from PresenceSegTrainingLib.domain.settings import TrainingSettings
