@@ -344,10 +344,10 @@ def _step(state: _State, batch: Batch, loss_of, learning_rate: float, clip: floa
     with autocast(batch.images.device):
         logits = state.network(batch.images)
     loss = loss_of(logits, batch.labels, batch.presence)
-    if not torch.isfinite(loss):
+    value = float(loss.detach())
+    if not math.isfinite(value):
         raise InputError(
-            f"The training diverged at step {state.iteration + 1} (the loss is {float(loss)}); use a smaller learning "
-            "rate."
+            f"The training diverged at step {state.iteration + 1} (the loss is {value}); use a smaller learning rate."
         )
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
@@ -355,7 +355,7 @@ def _step(state: _State, batch: Batch, loss_of, learning_rate: float, clip: floa
     torch.nn.utils.clip_grad_norm_(state.network.parameters(), clip)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    return float(loss.detach())
+    return value
 
 
 def _update_ema(state: _State, decay: float) -> None:
