@@ -536,12 +536,13 @@ def test_train_takes_voxels_and_patch_as_left_right_front_back_up_down(capsys, p
         capsys,
         *("train", project, "--iterations", "1", "--batch", "1", "--plane", "axial", "--network", "segresnet"),
         *("--voxel", "6", "7", "8", "--patch", "16", "24", "1", "--intensity", "mr", "--presence-mask", "plus"),
+        "--no-mirror",
     )
     card = result(capsys, "info", project / "models" / "v2")
     assert card["preprocessing"]["spacing"] == [None, 7, 6]
     assert card["preprocessing"]["patch"] == [1, 24, 16]
     assert (card["network"]["name"], card["network"]["plane"]) == ("segresnet", "axial")
-    assert card["settings"]["presence_mask"] == "plus"
+    assert (card["settings"]["presence_mask"], card["settings"]["mirror"]) == ("plus", False)
 
 
 @pytest.mark.parametrize(

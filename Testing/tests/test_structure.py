@@ -129,6 +129,11 @@ def test_colors_of_a_hundred_structures_differ_and_neighbors_differ_clearly():
         "LeftKidney",
         "kidneyL",
         "ctx-lh-precuneus",
+        "Niere links",
+        "rechte Lunge",
+        "rein gauche",
+        "riñón izquierdo",
+        "polmone destro",
     ],
 )
 def test_a_side_in_the_name_is_seen(name):

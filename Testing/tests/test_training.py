@@ -523,3 +523,12 @@ def test_a_training_that_diverges_says_so_and_makes_no_version(project):
     with pytest.raises(InputError, match="diverged at step .* smaller learning rate"):
         train(project, settings)
     assert project.models() == []
+
+
+@pytest.mark.parametrize(("structures", "swapped"), [(("core", "rim", "rod"), True), (("core", "left", "rod"), False)])
+def test_left_and_right_are_swapped_only_with_leave_and_where_no_structure_has_a_side(tmp_path, structures, swapped):
+    one, other = (
+        train(partly_annotated(tmp_path / str(mirror), structures), replace(SHORT, mirror=mirror))
+        for mirror in (True, False)
+    )
+    assert same_weights(one, other) is not swapped

@@ -13,7 +13,11 @@ from PresenceSegLib.domain.errors import InputError
 Color = tuple[float, float, float]
 
 _LEFT_OR_RIGHT_CODES = ("^7771000^", "^24028007^")  # SNOMED CT qualifiers "Left" and "Right"
-_SIDE_IN_NAME = re.compile(r"(?:^|[^a-z])(left|right|lt|rt|lh|rh|l|r)(?:[^a-z]|$)")
+_SIDE_WORDS = (  # English, then German, French, Spanish and Italian
+    r"left|right|lt|rt|lh|rh|l|r|links|rechts|linke[rs]?|rechte[rs]?|gauche|droite?|"
+    r"izquierd[oa]|derech[oa]|sinistr[oa]|destr[oa]"
+)
+_SIDE_IN_NAME = re.compile(rf"(?:^|[^a-z])({_SIDE_WORDS})(?:[^a-z]|$)")
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,13 @@ def add_train(commands) -> None:
     _add_setting(expert, "batch", int, "patches per step, 0 for automatic")
     _add_setting(expert, "learning_rate", float, "peak learning rate")
     _add_setting(expert, "validation_fraction", float, "part of the subjects held out to validate on")
+    expert.add_argument(
+        "--no-mirror",
+        dest="mirror",
+        action="store_false",
+        help="never swap left and right in training; for structures with a side that neither their terminology nor "
+        "words such as left or right tell",
+    )
     _add_setting(expert, "seed", int, "of everything random")
     parser.set_defaults(command=run_train)
 

@@ -29,6 +29,7 @@ class TrainingSettings:
         validate_every: iterations between two validations, 0 (and with only a time budget) for a tenth of the training.
         seed: of everything random.
         augment: whether patches are varied (affine, intensity, noise).
+        mirror: whether left and right may be swapped in that; they never are where a structure is known to have a side.
     """
 
     presence_mask: str = "merged"
@@ -51,6 +52,7 @@ class TrainingSettings:
     validate_every: int = 0
     seed: int = 0
     augment: bool = True
+    mirror: bool = True
 
     def __post_init__(self):
         for name in ("learning_rate", "gradient_clip"):

@@ -217,7 +217,7 @@ class Training:
         patch = self.card.preprocessing.patch
         drawn = margin_size(patch, slice_axis) if settings.augment else patch
         sampler = PatchSampler(train, drawn, settings.foreground_fraction, settings.seed)
-        mirror = not self.card.structures.has_sides
+        mirror = settings.mirror and not self.card.structures.has_sides
         loss_of = make_loss(settings.presence_mask, settings.loss or None)
         count = batch_size(settings, self.card.network, device)
         started, begun, saved_at = time.monotonic(), state.seconds, time.monotonic()
