@@ -55,6 +55,7 @@ OPTIONS = {
         "--plane",
         "--intensity",
         "--voxel",
+        "--no-mirror",
         "--patch",
         "--presence-mask",
         "--loss",
