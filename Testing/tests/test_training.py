@@ -32,13 +32,8 @@ from PresenceSegTrainingLib.engine.training import Training
 SHORT = TrainingSettings(iterations=6, batch=2, patch=(8, 16, 16), learning_rate=5e-3, ema_decay=0.9)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Patches this small gain nothing from a second thread, and lose much where another process wants the core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Patches this small gain nothing from a second thread, and lose much where another process wants the core.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def partly_annotated(folder, structures=("core", "rim", "rod"), test_case=True):
@@ -93,7 +88,7 @@ def report(version):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(one_thread, tmp_path_factory):
     """A project with one finished training of 60 steps, for the tests that only look at it."""
     project = partly_annotated(tmp_path_factory.mktemp("trained") / "p")
     seen = []
