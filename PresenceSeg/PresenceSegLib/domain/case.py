@@ -103,6 +103,10 @@ class Case:
     def read_segmentation(self) -> Segmentation:
         return read_segmentation(self.segmentation_path)
 
+    def read_completed_labels(self, structures: StructureSet, grid: Grid) -> np.ndarray:
+        """Labels [L, k, j, i] of the Completed structures on the volume's `grid`; see `Segmentation.label_layers`."""
+        return self.read_segmentation().on_grid(grid).label_layers(structures, [Status.COMPLETED])
+
     def presence(self, structures: StructureSet) -> np.ndarray:
         """Presence vector, bool [C]: whether the segment of structure c is Completed; read from the header alone.
 

@@ -19,7 +19,7 @@ from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import make_folder, move, staging_folder
 from PresenceSegLib.domain.names import check_case_name, repeated
 from PresenceSegLib.domain.project import Project
-from PresenceSegLib.domain.segmentation import Segment, Segmentation, Status, read_segmentation, vanished
+from PresenceSegLib.domain.segmentation import Segment, Segmentation, Status, read_segmentation
 from PresenceSegLib.domain.structure import Structure
 from PresenceSegLib.domain.volume import (
     Volume,
@@ -306,10 +306,11 @@ def _stored_segmentation(case: Case, volume: Volume) -> Segmentation:
 
 def _check_same_case(case: Case, volume: Volume, options: ImportOptions) -> None:
     """Refuse to add to a case of the same name that is another one, or that is used for something else."""
-    if options.split and options.split != case.info.split:
-        raise InputError(f'the project has it with the split "{case.info.split}", which an import does not change.')
-    if options.subject_pattern and _subject(case.name, options.subject_pattern) != case.info.subject:
-        raise InputError(f'the project has it with the subject "{case.info.subject}", which an import does not change.')
+    info = case.info
+    if options.split and options.split != info.split:
+        raise InputError(f'the project has it with the split "{info.split}", which an import does not change.')
+    if options.subject_pattern and _subject(case.name, options.subject_pattern) != info.subject:
+        raise InputError(f'the project has it with the subject "{info.subject}", which an import does not change.')
     stored = case.read_volume()
     if not stored.grid.same_as(volume.grid) or not np.array_equal(stored.array, volume.array):
         raise InputError("the project has a case of this name with another volume; rename the image.")
@@ -330,15 +331,15 @@ def _add_label_map(segmentation, label_map, path, volume, project, options) -> N
             f"{unnamed[0]}= to leave it out."
         )
     array = _label_array_on_grid(label_map, path, volume, options.resample)
-    gone = {value for _, value in vanished(label_map.array[np.newaxis], array[np.newaxis])}
     for name, values in values_of.items():
-        if gone & set(values) and not np.isin(array, values).any():
+        mask = np.isin(array, values)
+        if not mask.any() and np.isin(label_map.array, values).any():
             raise InputError(
                 f'Nothing of "{name}" in {path} is left on the grid of the image, it lies outside of it or is too '
                 f"small: the label has {label_map.grid.describe()}; the image has {volume.grid.describe()}."
             )
         status = Status.COMPLETED if options.annotated is None or name in options.annotated else Status.NOT_STARTED
-        _annotate(segmentation, project.structures.named(name), np.isin(array, values), status)
+        _annotate(segmentation, project.structures.named(name), mask, status)
 
 
 def _values_by_structure(mapping: dict[str, str]) -> dict[str, list[int]]:

@@ -7,7 +7,6 @@ import numpy as np
 
 from PresenceSegLib.domain.case import Case
 from PresenceSegLib.domain.errors import InputError
-from PresenceSegLib.domain.segmentation import Status
 from PresenceSegLib.engine.inference import Model
 
 _RESAMPLES = 2000
@@ -84,8 +83,7 @@ def evaluate(
     for case in progress(cases, len(cases)):
         try:
             volume = case.read_volume()
-            segmentation = case.read_segmentation().on_grid(volume.grid)
-            truth = segmentation.label_layers(structures, [Status.COMPLETED])
+            truth = case.read_completed_labels(structures, volume.grid)
             rows.append(_case_scores(truth, model.segment(volume), case.presence(structures)))
         except InputError as error:
             raise InputError(f'Case "{case.name}": {error}') from error
@@ -106,12 +104,12 @@ def overlap_counts(truth: np.ndarray, predicted: np.ndarray, count: int) -> tupl
 
 def dice_scores(truth: np.ndarray, predicted: np.ndarray, presence: np.ndarray) -> np.ndarray:
     """Dice per structure, float64 [C]: 2|T and P| / (|T| + |P|); NaN without presence and where the truth is empty."""
-    intersection, in_truth, in_prediction = overlap_counts(truth, predicted, len(presence))
-    scored = presence & (in_truth > 0)
-    return np.where(scored, 2 * intersection / np.maximum(in_truth + in_prediction, 1), np.nan)
+    return _case_scores(truth, predicted, presence)[0]
 
 
 def _case_scores(truth: np.ndarray, predicted: np.ndarray, presence: np.ndarray):
-    _, in_truth, in_prediction = overlap_counts(truth, predicted, len(presence))
-    absent = presence & (in_truth == 0)
-    return dice_scores(truth, predicted, presence), absent & (in_prediction > 0), absent
+    """The rows of one case in `Evaluation`: dice, false_positive, absent."""
+    intersection, in_truth, in_prediction = overlap_counts(truth, predicted, len(presence))
+    scored, absent = presence & (in_truth > 0), presence & (in_truth == 0)
+    dice = np.where(scored, 2 * intersection / np.maximum(in_truth + in_prediction, 1), np.nan)
+    return dice, absent & (in_prediction > 0), absent

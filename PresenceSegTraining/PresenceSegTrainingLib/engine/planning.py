@@ -8,7 +8,6 @@ import torch
 from PresenceSegLib.domain.case import Case
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.model import PLANES, ModelCard, NetworkSpec, Preprocessing
-from PresenceSegLib.domain.segmentation import Status
 from PresenceSegLib.domain.structure import StructureSet
 from PresenceSegLib.engine.networks import default_spec, fit_to_stride, stride
 from PresenceSegLib.engine.preprocessing import network_shape
@@ -27,12 +26,10 @@ def split_cases(cases: Sequence[Case], structures: StructureSet, settings: Train
 
     Cases marked "validation" validate. Where none is marked, a fraction of the subjects is drawn, so that as many
     structures as possible are scored but none loses its last training case; none at all from fewer than four subjects.
-    All cases of a subject fall on the same side.
+    All cases of a subject fall on the same side; a subject of which one case is a test case is not trained on at all.
 
     Returns:
         (training cases, validation cases)
-
-    A subject of which one case is a test case is not trained on at all.
 
     Raises:
         InputError: no structure is annotated in any case that may be trained on, or the cases of one subject are marked
@@ -144,8 +141,7 @@ def _intensity(cases: Sequence[Case], structures: StructureSet, kind: str) -> di
         lows.append(float(array.min()))
         if kind == "auto" and n == 0 and lows[0] > _CT_LEVEL:
             return {"kind": "mr"}
-        segmentation = case.read_segmentation().on_grid(volume.grid)
-        inside = array[segmentation.label_layers(structures, [Status.COMPLETED]).max(axis=0) > 0]
+        inside = array[case.read_completed_labels(structures, volume.grid).max(axis=0) > 0]
         samples.append(np.random.default_rng(n).permutation(inside)[:_SAMPLES_PER_CASE])
     values = np.concatenate(samples).astype(np.float64)
     if kind == "auto" and (max(lows) > _CT_LEVEL or values.size == 0):

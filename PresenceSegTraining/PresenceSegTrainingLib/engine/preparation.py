@@ -17,7 +17,7 @@ from PresenceSegLib.domain.case import Case
 from PresenceSegLib.domain.errors import InputError
 from PresenceSegLib.domain.files import make_folder, replaced
 from PresenceSegLib.domain.model import Preprocessing
-from PresenceSegLib.domain.segmentation import Status, vanished
+from PresenceSegLib.domain.segmentation import vanished
 from PresenceSegLib.domain.structure import StructureSet
 from PresenceSegLib.engine.preprocessing import network_input, network_shape, resample_labels, to_canonical
 
@@ -86,8 +86,7 @@ def _prepare(case: Case, structures: StructureSet, preprocessing: Preprocessing,
 def _compute(case: Case, structures: StructureSet, preprocessing: Preprocessing) -> dict[str, Tensor]:
     cpu = torch.device("cpu")
     volume = case.read_volume()
-    segmentation = case.read_segmentation().on_grid(volume.grid)
-    labels = segmentation.label_layers(structures, [Status.COMPLETED])
+    labels = case.read_completed_labels(structures, volume.grid)
     order, shape = volume.grid.axis_order(), network_shape(volume.grid, preprocessing)
     layers = torch.stack([resample_labels(to_canonical(layer, order, cpu), shape) for layer in labels])
     presence = torch.from_numpy(case.presence(structures))
